@@ -347,7 +347,7 @@ def main(argv=None):
         prompts = list({tuple(pair.prompt_ids): pair.prompt for pair in held_out}.values())[:3]
         shown = slice(0, 3)
     with autocast():
-        answers_before = generate(model, tokenizer, prompts, args.max_new_tokens)
+        answers_before = [answer.text for answer in generate(model, tokenizer, prompts, args.max_new_tokens)]
     weights_before = sample_weights(model, own_dtype)
 
     # Optimizer: AdamW on float32 weights; a gradient scaler only under float16; learning rate up, then down a cosine.
@@ -465,8 +465,8 @@ def main(argv=None):
     if have_matplotlib():
         draw_curves([args.out_dir], os.path.join(args.out_dir, "curves.png"))
     changed = torch.cat([after != before for after, before in zip(sample_weights(model, own_dtype), weights_before)])
-    answers_after = generate(model, tokenizer, prompts, args.max_new_tokens)
-    print("\n" + side_by_side(prompts[shown], answers_before[shown], answers_after[shown]))
+    answers_after = [answer.text for answer in generate(model, tokenizer, prompts, args.max_new_tokens)]
+    print("\n" + side_by_side(prompts[shown], {"reference": answers_before[shown], "student": answers_after[shown]}))
     if toy:
         from toy import world  # in the toy world what is right can be computed exactly
         print(rates_table(world.rates(toy_rows, answers_before), world.rates(toy_rows, answers_after), len(toy_rows)))
