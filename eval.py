@@ -32,8 +32,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.utils import logging as transformers_logging
 
-from data import (TOY_STUDENT, BadInput, Pair, canonical, check_model_name, collate, first_line, load_pairs, load_task, load_tokenizer, printable,
-                  prompt_text, read_rows, read_text, run, split_by_tokens, write_whole)
+from data import (TOY_STUDENT, BadInput, Pair, canonical, check_model_name, collate, first_line, load_pairs, load_task, load_tokenizer, longest_row,
+                  printable, prompt_text, read_rows, read_text, run, split_by_tokens, write_whole)
 from rdpo import reference_fingerprint, sequence_logps
 from reward import ENDPOINTS, add_judge_flags, ask_which, better, question_of, score_answer
 from teacher import Client, add_client_flags, at_least, check_prompt, checked_rows, digest, opening, read_finished, run_rows, stream_rows
@@ -159,6 +159,16 @@ REFINED = "base + self-refine"
 ANSWERED = ("turns", "answer", "finish", "prompt_ids", "ids")
 
 
+def check_prompts(path):
+    """The rows of a file of prompts. BadInput for one without a prompt that can be sent, or with another's id."""
+    rows = {}
+    for where, row in checked_rows(path, None, check_prompt, ()):
+        if row["id"] in rows:
+            raise BadInput(f"{where}: the id {json.dumps(row['id'])[:40]} is there twice; each row needs an id, or a prompt, of its own")
+        rows[row["id"]] = row
+    return list(rows.values())
+
+
 def converse(model, tokenizer, rows, task, args):
     """A list of Answers for each turn: one turn; or with a task three, as of a teacher: the answer, its critique, the rewrite."""
     prompts, turns = [opening(task, row["prompt"]) if task else row["prompt"] for row in rows], []
@@ -187,7 +197,7 @@ def answer_rows(path, system, model, tokenizer, rows, task, args):
     finished = read_finished(path, ANSWERED)
     for row in rows:
         if finished.get(row["id"], digest(row, ANSWERED)) != digest(row, ANSWERED):
-            raise BadInput(f"{path}: holds {row['id']} by other weights, settings or prompt; give another --out_dir, or remove that file")
+            raise BadInput(f"{path}: holds {row['id']} by other weights, settings or prompt; give another --out_dir")
     missing = sorted((row for row in rows if row["id"] not in finished), key=lambda row: len(str(row["prompt"])))
     with open(path, "a", encoding="utf-8") as file, tqdm(total=len(missing), desc=system, unit="answer", disable=None, leave=False) as progress:
         for start in range(0, len(missing), args.batch_size):
@@ -305,6 +315,20 @@ HEAD = ("system", "judged", "score", "rate %", "win %", "at equal length", "toke
 PAIR_HEAD = ("model", "pairs", "chosen first %", "agrees with scores %", "log-ratio margin", "logp chosen", "logp rejected")
 
 
+def numbers(judged, answers, key):
+    """A column (N,) of what the judge made of the answers, nan where there is none."""
+    found = (judged.get(row["id"], {}).get(key) for row in answers)
+    return np.array([np.nan if number is None else number for number in found], dtype=float)
+
+
+def behaviours(rows, task):
+    """{behaviour: places of its rows}, and all of them where there are several."""
+    groups = {}
+    for place, row in enumerate(rows):
+        groups.setdefault(str(row.get("behaviour", task.name if task else "answers")), []).append(place)
+    return groups | ({"all": list(range(len(rows)))} if len(groups) > 1 else {})
+
+
 def cell(form, statistic, *columns):
     """A statistic and its interval as text, of the rows on which all columns (N,) are known (not nan); "-" where there is none."""
     known = ~np.isnan(sum(columns))  # (N,)
@@ -347,7 +371,9 @@ def pair_row(name, logps, reference, pairs):
 
 def notes_on(args, bar, answers, columns):
     """What a reader of the tables has to know, a sentence a line."""
-    lines = ["[low, high] is a 95 % bootstrap interval over the prompts; tokens is the mean length of an answer"]
+    lines = ["[low, high]: 95 % bootstrap interval over prompts or pairs; tokens: mean length of an answer"]
+    if args.data:
+        lines.append("log-ratio margin: the loss's margin before beta, nats; logp: log-probability of an answer, nats")
     if args.base_url:
         lines.append("score: higher is better" + ("" if bar is None else f"; rate: share of answers with a score of {bar:g} or more") + "; win: "
                      + ("the judge prefers the answer to the base's, mean of both orders" if args.pairwise else "share of prompts that score above the base, ties half"))
@@ -399,7 +425,6 @@ def examples(columns, count, seed):
 
 # -------------------------------------------------------------------------------------------------------- curves
 
-
 # The upper row has the training batches too. What a batch adds to the lower row is which pairs it drew, not what was learned.
 # The last panel is how far the student has moved: log pi - log ref, the mean of both answers.
 PANELS = (("loss", "loss, nats"), ("rewards/accuracies", "chosen ranked above rejected, share"), ("rewards/margins", "margin m, nats"),
@@ -445,28 +470,7 @@ def have_matplotlib():
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def numbers(judged, answers, key):
-    """A column (N,) of what the judge made of the answers, nan where there is none."""
-    found = (judged.get(row["id"], {}).get(key) for row in answers)
-    return np.array([np.nan if number is None else number for number in found], dtype=float)
-
-
-def behaviours(rows, task):
-    """{behaviour: places of its rows}, and all of them where there are several."""
-    groups = {}
-    for place, row in enumerate(rows):
-        groups.setdefault(str(row.get("behaviour", task.name if task else "answers")), []).append(place)
-    return groups | ({"all": list(range(len(rows)))} if len(groups) > 1 else {})
-
-
-def check_prompts(path):
-    """The rows of a file of prompts. BadInput for one without a prompt that can be sent, or with another's id."""
-    rows = {}
-    for where, row in checked_rows(path, None, check_prompt, ()):
-        if row["id"] in rows:
-            raise BadInput(f"{where}: the id {json.dumps(row['id'])[:40]} is there twice; each row needs an id, or a prompt, of its own")
-        rows[row["id"]] = row
-    return list(rows.values())
+# ------------------------------------------------------------------------------------------------------- the command
 
 
 def parse_args(argv):
@@ -519,6 +523,8 @@ def main(argv=None):
     task = load_task(args.task) if args.task else None
     if args.pairwise and not task.judge.pairwise:
         raise BadInput(f"{args.task}: no `judge.pairwise`, which --pairwise needs; add it as in tasks/sycophancy.toml")
+    if args.base_url:
+        Client(args)  # a wrong address or a missing key shows now, not after the answers
     for folder in (args.base_model, *args.model):
         check_model_name(folder)
     rows, tokenizer = check_prompts(args.prompts) if args.prompts else [], load_tokenizer(args.base_model)
@@ -536,6 +542,9 @@ def main(argv=None):
         model, tokenizer = load_model(folder, torch.float32 if device == "cpu" else "auto").to(device), load_tokenizer(folder)
         if tokenizer.get_vocab() != vocabulary:
             raise BadInput(f"--model {folder}: its vocabulary is not that of --base_model {args.base_model}; give the model that it was trained from")
+        longest = max(map(longest_row, pairs), default=0)
+        if longest > position_limit(model):
+            raise BadInput(f"--max_length {args.max_length}: {args.data} has a row of {longest} tokens, but {folder} takes {position_limit(model)}")
         pairs_logps[name] = pair_logps(model, pairs)
         if rows:
             answers[name] = answer_rows(path, name, model, tokenizer, rows, None, args)
