@@ -197,7 +197,7 @@ def answer_rows(path, system, model, tokenizer, rows, task, args):
     finished = read_finished(path, ANSWERED)
     for row in rows:
         if finished.get(row["id"], digest(row, ANSWERED)) != digest(row, ANSWERED):
-            raise BadInput(f"{path}: holds {row['id']} by other weights, settings or prompt; give another --out_dir")
+            raise BadInput(f"{path}: holds {json.dumps(row['id'])[:60]} by other weights, settings or prompt; give another --out_dir")
     missing = sorted((row for row in rows if row["id"] not in finished), key=lambda row: len(str(row["prompt"])))
     with open(path, "a", encoding="utf-8") as file, tqdm(total=len(missing), desc=system, unit="answer", disable=None, leave=False) as progress:
         for start in range(0, len(missing), args.batch_size):
@@ -205,7 +205,7 @@ def answer_rows(path, system, model, tokenizer, rows, task, args):
             try:
                 turns = converse(model, tokenizer, some, task, args)
             except TemplateError as error:
-                raise BadInput(f"{system}: its chat template refuses a prompt from {some[0]['row']} on: {error}") from error
+                raise BadInput(f"{system}: its chat template refuses a prompt from {json.dumps(some[0]['row'])[:40]} on: {error}") from error
             for row, *replies in zip(some, *turns):
                 last = replies[-1]
                 file.write(json.dumps(row | {"turns": [reply.text for reply in replies[:-1]], "answer": last.text, "finish": last.finish,
@@ -325,7 +325,8 @@ def behaviours(rows, task):
     """{behaviour: places of its rows}, and all of them where there are several."""
     groups = {}
     for place, row in enumerate(rows):
-        groups.setdefault(str(row.get("behaviour", task.name if task else "answers")), []).append(place)
+        name = str(row.get("behaviour", task.name if task else "answers"))
+        groups.setdefault(printable(" ".join(name.split())), []).append(place)
     return groups | ({"all": list(range(len(rows)))} if len(groups) > 1 else {})
 
 
@@ -416,7 +417,7 @@ def markdown_table(title, head, rows):
 
 def examples(columns, count, seed):
     """Places of rows worth reading: up to `count` on which the systems' scores differ most, then as many drawn at random."""
-    scores = np.stack([own["score"] for own in columns.values()])  # (systems, N)
+    scores = np.stack([own["score"] for own in columns.values()])  # (S, N) of S systems
     spread = np.where(np.isnan(scores).any(0), 0, scores.max(0) - scores.min(0))  # (N,)
     differ = [int(i) for i in np.argsort(-spread, kind="stable")[:count] if spread[i] > 0]
     others = [int(i) for i in np.random.default_rng(seed).permutation(len(spread)) if i not in differ]

@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import types
 
 import numpy as np
@@ -388,21 +389,24 @@ def test_bad_input_is_one_line_before_anything_is_computed(flags, message, run_e
 
 def test_bad_prompts_and_tasks_are_one_line(run_eval, write_rows, tmp_path, base, student):
     no_pairwise = write_rows(open(TASK).read().split("pairwise =")[0], "task.toml")
+    half_pairwise = write_rows(open(no_pairwise).read() + 'pairwise = "{question} {first}"', "half.toml")
     for flags, prompts, message in (((), [PROMPTS[0], PROMPTS[0]], "prompts.jsonl:2: the id"), ((), [{"prompt": ""}], "prompts.jsonl:1: no `prompt`"),
-                                    ((*ADDRESS, "--task", no_pairwise, "--pairwise"), PROMPTS, "no `judge.pairwise`")):
+                                    ((*ADDRESS, "--task", no_pairwise, "--pairwise"), PROMPTS, "no `judge.pairwise`"),
+                                    (("--task", half_pairwise), PROMPTS, "`judge.pairwise` must hold {question}, {first} and {second}")):
         code, _, err = run_eval(*flags, prompts=prompts)
         assert code == 2 and message in err and err.count("\n") == 1
-    code, _, err = run_eval("--base_model", other_vocabulary(tmp_path, base))
-    assert code == 2 and "its vocabulary is not that of --base_model" in err
-    assert not os.path.exists(tmp_path / "eval" / "answers.jsonl")
-
-
-def other_vocabulary(tmp_path, model):
-    tokenizer = data.load_tokenizer(data.TOY_STUDENT)
-    tokenizer.add_tokens(["another"])
-    model.save_pretrained(tmp_path / "other")
-    tokenizer.save_pretrained(tmp_path / "other")
-    return tmp_path / "other"
+    chat = [{"id": 1, "prompt": [{"role": "user", "content": "Hello!"}]}]
+    for template, tokens, message in ((None, [], "its tokenizer has no chat template"),
+                                      ("{{ raise_exception('no users') }}", [], "its chat template refuses a prompt from 1 on: no users"),
+                                      (None, ["another"], "its vocabulary is not that of --base_model")):
+        shutil.rmtree(tmp_path / "other", ignore_errors=True)
+        base.save_pretrained(tmp_path / "other")
+        other = data.load_tokenizer(data.TOY_STUDENT)
+        other.chat_template = template
+        other.add_tokens(tokens)
+        other.save_pretrained(tmp_path / "other")
+        code, _, err = run_eval("--model", tmp_path / "other", prompts=chat)
+        assert code == 2 and message in err and err.count("\n") == 1, err
 
 
 def test_curves_of_runs(run_train, run_stage, toy_rows, write_rows, tmp_path, monkeypatch):
