@@ -433,6 +433,7 @@ class Judge:
     lowest: int | float
     highest: int | float
     good: str  # which scores are best: "high", "low" or "zero" (nearest to 0)
+    pairwise: str = ""  # a user turn that asks which of {first} and {second} answers {question} better, for eval.py --pairwise
 
 
 @dataclass(kw_only=True)
@@ -473,6 +474,8 @@ def load_task(path):
     judge, prompts = task.judge, task.prompts
     checks = [
         ("judge.template", "{question}" in judge.template and "{answer}" in judge.template, "must hold both {question} and {answer}"),
+        ("judge.pairwise", not judge.pairwise or all(slot in judge.pairwise for slot in ("{question}", "{first}", "{second}")),
+         "must hold {question}, {first} and {second}"),
         ("judge.lowest", -math.inf < judge.lowest < judge.highest < math.inf, f"must be below `judge.highest`, {judge.highest}"),
         ("judge.good", judge.good in ("high", "low", "zero"), 'must be "high", "low" or "zero"')]
     if prompts:

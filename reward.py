@@ -14,6 +14,7 @@ No score is ever invented. A judge's reply without a verdict is asked for again 
 seeds, for at temperature 0 it would only repeat itself). Then the score is null; the raw replies are kept under `judge`.
 """
 import argparse
+import dataclasses
 import math
 import os
 import re
@@ -55,14 +56,14 @@ def better(verdict, good):
     return {"high": verdict, "low": -verdict, "zero": -abs(verdict)}[good] + 0.0  # + 0.0 makes a plain 0 of -0.0
 
 
-def ask_judge(client, judge, args, question, answer):
-    """(score or None, attempts) of an answer by a judge; an attempt is {"verdict", "finish", "reply"}.
+def ask(client, judge, args, template, texts, read):
+    """(score or None, attempts) of what the judge is asked by a template; an attempt is {"verdict", "finish", "reply"}.
 
-    The score is the mean of --samples verdicts, or None if one of them could not be had: no mean is made of fewer.
+    read(reply) gives a reply's (verdict, score), the score None where it has none. The score is the mean of --samples scores, or None
+    if one of them could not be had: no mean is made of fewer.
     """
     # One pass over the template, so that "{answer}" in a question stays what it is: text.
-    texts = {"{question}": question, "{answer}": answer}
-    request = re.sub(r"\{question\}|\{answer\}", lambda match: texts[match[0]], judge.template)
+    request = re.sub(r"\{(\w+)\}", lambda match: texts.get(match[1], match[0]), template)
     messages = [{"role": "system", "content": judge.instruction}, {"role": "user", "content": request}]
     attempts, scores = [], []
     for sample in range(args.samples):
@@ -71,12 +72,32 @@ def ask_judge(client, judge, args, question, answer):
                 reply = chat(client, messages, args.model, args.max_tokens, temperature=0)
             else:
                 reply = chat(client, messages, args.model, args.max_tokens, temperature=0.7, seed=sample + args.samples * attempt)
-            verdict = parse_verdict(reply.text, judge, reply.finish)
+            verdict, score = read(reply)
             attempts.append({"verdict": verdict, "finish": reply.finish, "reply": reply.text})
-            if verdict is not None:
-                scores.append(better(verdict, judge.good))
+            if score is not None:
+                scores.append(score)
                 break
     return (statistics.fmean(scores) if len(scores) == args.samples else None), attempts
+
+
+def ask_judge(client, judge, args, question, answer):
+    """(score or None, attempts) of an answer by a judge, as of `ask`."""
+    def read(reply):
+        verdict = parse_verdict(reply.text, judge, reply.finish)
+        return verdict, None if verdict is None else better(verdict, judge.good)
+
+    return ask(client, judge, args, judge.template, {"question": question, "answer": answer}, read)
+
+
+def ask_which(client, judge, args, question, first, second):
+    """(win of the first answer or None, attempts), as of `ask`: 1 if the judge calls it better, 0 if the second, 1/2 if neither."""
+    verdicts = dataclasses.replace(judge, verdict="Better:", lowest=0, highest=2)
+
+    def read(reply):
+        verdict = parse_verdict(reply.text, verdicts, reply.finish)
+        return verdict, {1: 1.0, 2: 0.0, 0: 0.5}.get(verdict)
+
+    return ask(client, judge, args, judge.pairwise, {"question": question, "first": first, "second": second}, read)
 
 
 # --------------------------------------------------------------------------------------------------- a reward model
@@ -140,15 +161,20 @@ def question_of(row):
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in row["prompt"])
 
 
+def score_answer(client, task, args, row, answer):
+    """(score or None, what was said) of an answer to a row's question: by the reward model at --endpoint, else by the task's judge."""
+    if args.endpoint:
+        score = ask_reward_model(client, args, question_of(row), answer)
+        return score, score
+    return ask_judge(client, task.judge, args, question_of(row), answer)
+
+
 def score_row(client, task, args, row):
     """The row with both scores and what the judge said."""
     scores, said = {}, {"model": args.model} | ({"endpoint": args.endpoint} if args.endpoint else {})
     for name in ("rejected", "chosen"):
         answer = row[name] if isinstance(row[name], str) else row[name][0]["content"]
-        if args.endpoint:
-            scores["score_" + name] = said[name] = ask_reward_model(client, args, question_of(row), answer)
-        else:
-            scores["score_" + name], said[name] = ask_judge(client, task.judge, args, question_of(row), answer)
+        scores["score_" + name], said[name] = score_answer(client, task, args, row, answer)
     return row | scores | {"judge": said}
 
 
@@ -185,6 +211,12 @@ def report(path):
         show_gaps(gaps, "rows")
 
 
+def add_judge_flags(parser):
+    """The flags of whoever has answers judged: this stage, and eval.py."""
+    parser.add_argument("--verdict_retries", type=at_least(0), default=2, help="how often a judge is asked again whose reply has no verdict")
+    parser.add_argument("--samples", type=at_least(1), default=1, help="verdicts an answer, at temperature 0.7, averaged (default: one, at 0)")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Stage 2: a judge or a reward model scores both answers of every row.")
     rewarder = parser.add_mutually_exclusive_group(required=True)
@@ -192,8 +224,7 @@ def main(argv=None):
     rewarder.add_argument("--endpoint", choices=ENDPOINTS, help="a reward model judges, at this address of --base_url")
     parser.add_argument("--data", required=True, help="rows with a prompt, chosen and rejected")
     add_flags(parser, max_tokens=512)
-    parser.add_argument("--verdict_retries", type=at_least(0), default=2, help="how often a judge is asked again whose reply has no verdict")
-    parser.add_argument("--samples", type=at_least(1), default=1, help="verdicts an answer, at temperature 0.7, averaged (default: one, at 0)")
+    add_judge_flags(parser)
     args = parser.parse_args(argv)
     task, client = load_task(args.task) if args.task else None, Client(args)
     failed = run_rows(client, args, args.data, ADDED, check_row, lambda row: score_row(client, task, args, row), show_row)

@@ -326,13 +326,18 @@ def add_flags(parser, max_tokens):
     parser.add_argument("--out", required=True, help="the rows that come of it; one that is there already is continued")
     parser.add_argument("--base_url", required=True, help="address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1")
     parser.add_argument("--model", required=True, help="the model's name on that server")
+    add_client_flags(parser, max_tokens)
+    parser.add_argument("--limit", type=at_least(1), help="only the first so many rows of the file")
+    parser.add_argument("--show", action="store_true", help="print each finished row")
+
+
+def add_client_flags(parser, max_tokens):
+    """The flags of whoever asks a server: both stages, and eval.py."""
     parser.add_argument("--key_env", help="environment variable that holds the key, such as OPENAI_API_KEY (default: no key)")
     parser.add_argument("--concurrency", type=at_least(1), default=8, help="rows under way at a time")
     parser.add_argument("--max_tokens", type=at_least(1), default=max_tokens, help="tokens that a reply may have; a longer one is cut")
     parser.add_argument("--timeout", type=at_least(0.001, float), default=120, help="seconds to wait for a reply")
     parser.add_argument("--retries", type=at_least(0), default=6, help="how often a request is repeated; 6 take half a minute")
-    parser.add_argument("--limit", type=at_least(1), help="only the first so many rows of the file")
-    parser.add_argument("--show", action="store_true", help="print each finished row")
 
 
 # ---------------------------------------------------------------------------------------------------- the teacher

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -145,7 +146,7 @@ def toy_server():
 
 @pytest.fixture
 def run_stage(capsys):
-    """Runs the main of teacher.py or reward.py in this process; returns (exit code, stdout, stderr)."""
+    """Runs the main of teacher.py, reward.py or eval.py in this process; returns (exit code, stdout, stderr)."""
     def run(module, *flags):
         capsys.readouterr()
         code = 0
@@ -172,6 +173,38 @@ def serve():
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+class Scripted(BaseHTTPRequestHandler):
+    """Answers with what the test's `script(path, request)` returns, and keeps the requests."""
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append(request)
+        content = json.dumps(self.server.script(self.path, request)).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def scripted(serve):
+    """Starts a server that answers by a function; returns it, with the address as .url and the requests as .requests."""
+    def start(script):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
+        server.script, server.requests = script, []
+        return serve(server)
+
+    return start
+
+
+def says(text, finish="stop"):
+    return {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish}]}
 
 
 def read_lines(path):

@@ -1,9 +1,8 @@
 """Stage 2: which verdict a text holds, how verdicts become scores, and the four forms of reward models."""
 import json
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import ROOT, read_lines
+from conftest import ROOT, read_lines, says
 
 import data
 import reward
@@ -81,38 +80,6 @@ def test_higher_is_always_better():
     assert [reward.better(verdict, "low") for verdict in (0.0, 4.0)] == [0, -4]
     assert [reward.better(verdict, "zero") for verdict in (-3.0, 0.0, 2.0)] == [-3, 0, -2]
     assert "-0.0" not in str([reward.better(0.0, good) for good in ("low", "zero")])
-
-
-class Scripted(BaseHTTPRequestHandler):
-    """Answers with what the test's `script(path, request)` returns, and keeps the requests."""
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append(request)
-        content = json.dumps(self.server.script(self.path, request)).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def scripted(serve):
-    """Starts a server that answers by a function; returns it, with the address as .url and the requests as .requests."""
-    def start(script):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
-        server.script, server.requests = script, []
-        return serve(server)
-
-    return start
-
-
-def says(text, finish="stop"):
-    return {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish}]}
 
 
 ROWS = [{"id": f"r{i}", "prompt": f"prompt {i}", "question": f"question {i}", "rejected": f"first {i}", "chosen": f"second {i}"} for i in range(6)]

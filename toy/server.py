@@ -28,9 +28,9 @@ from data import BadInput, load_task, run  # noqa: E402
 from toy import world  # noqa: E402
 
 JUDGE = load_task(os.path.join(ROOT, "toy", "task.toml")).judge
-# A request to the judge is the task's template, filled in; anything else is for the teacher.
-JUDGE_REQUEST = re.compile(re.escape(JUDGE.template).replace(re.escape("{question}"), "(?P<question>.*?)")
-                           .replace(re.escape("{answer}"), "(?P<answer>.*)"), re.DOTALL)
+# A request to the judge is one of the task's templates, filled in; anything else is for the teacher.
+JUDGE_REQUEST, PAIRWISE_REQUEST = (
+    re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.*?)", re.escape(template)), re.DOTALL) for template in (JUDGE.template, JUDGE.pairwise))
 
 
 def teach(texts, seed, failure_rate):
@@ -50,11 +50,21 @@ def teach(texts, seed, failure_rate):
     return revised
 
 
-def judge(question, answer, seed, noise):
-    """The judge's reply: the exact score or, with noise, world.flawed_score, the same for the same texts."""
+def noisy_score(question, answer, seed, noise):
+    """The exact score or, with noise, world.flawed_score, the same for the same texts."""
     rng = random.Random(f"judge {seed} {question} {answer}")
-    score = world.flawed_score(question, answer, rng, noise, bias=0) if noise else world.score(question, answer)
-    return f"{JUDGE.verdict} {score:g}"
+    return world.flawed_score(question, answer, rng, noise, bias=0) if noise else world.score(question, answer)
+
+
+def judge(question, answer, seed, noise):
+    """The judge's reply about one answer."""
+    return f"{JUDGE.verdict} {noisy_score(question, answer, seed, noise):g}"
+
+
+def compare(question, first, second, seed, noise):
+    """The judge's reply about two answers: it scores each, and says which is better, or 0."""
+    scores = [noisy_score(question, answer, f"{seed} {place}", noise) for place, answer in enumerate((first, second))]
+    return f"Better: {0 if scores[0] == scores[1] else 1 if scores[0] > scores[1] else 2}"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -84,9 +94,13 @@ class Handler(BaseHTTPRequestHandler):
             if request["model"] != "toy":
                 return self.refuse(404, "the only model here is called toy")
             texts = [message["content"] for message in request["messages"] if message["role"] != "system"]
-            asked = JUDGE_REQUEST.fullmatch(texts[-1])
             seed = f"{args.seed} {request.get('seed', 0)}"
-            text = judge(**asked.groupdict(), seed=seed, noise=args.judge_noise) if asked else teach(texts, seed, args.failure_rate)
+            if asked := JUDGE_REQUEST.fullmatch(texts[-1]):
+                text = judge(**asked.groupdict(), seed=seed, noise=args.judge_noise)
+            elif asked := PAIRWISE_REQUEST.fullmatch(texts[-1]):
+                text = compare(**asked.groupdict(), seed=seed, noise=args.judge_noise)
+            else:
+                text = teach(texts, seed, args.failure_rate)
         except (ValueError, LookupError, TypeError) as error:
             return self.refuse(400, f"{type(error).__name__}: {error}")
         words = text.split(" ")  # which stand for tokens here
