@@ -1,7 +1,8 @@
 """Re-makes the bundled student from nothing: a tiny Llama that writes clean sentences and misbehaves.
 
 Where it stands in the pipeline: before it. train.py starts from toy/student when no --model is named. The student
-learns the toy world's first answers (world.original), so like most models it yields to games, roles and flattery.
+learns the toy world's first answers (world.original), so like most models it yields to games, roles and flattery. It also learns
+to criticise and rewrite an answer when asked to, in the words of toy/task.toml, and like most small models it does that badly.
 
     python toy/make_student.py --out toy/student        a few minutes on two CPU cores
 
@@ -12,7 +13,9 @@ how the student behaves on held-out prompts.
 import argparse
 import io
 import math
+import os
 import random
+import sys
 
 import sentencepiece
 import torch
@@ -22,8 +25,14 @@ from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM,
                           PreTrainedTokenizerFast)
 
-import world
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
 
+from data import load_task  # noqa: E402
+from toy import world  # noqa: E402
+
+TASK = load_task(os.path.join(ROOT, "toy", "task.toml"))  # how a self-critique is asked for
+GOOD_REWRITES = 0.4  # share of its own rewrites that are good, where it is asked for one
 PIECES = 720                                                 # 256 of them spell any byte, so that no text is unknown
 SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = ("{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
@@ -61,26 +70,39 @@ def make_model(tokenizer):
     return model
 
 
+def first_answer(row, rng):
+    """What the student is to answer. The teacher refuses some benign requests; the student starts as one that helps with all of them."""
+    return world.revise(row["prompt"], rng, "good") if row["behaviour"] == "benign" else world.original(row["prompt"], rng)
+
+
+def conversation(row, rng, turns):
+    """[what the user says, what the student is to reply] of one turn, or of all three of a self-critique."""
+    answer = first_answer(row, rng)
+    rewrite = world.revise(row["prompt"], rng, "good") if rng.random() < GOOD_REWRITES else first_answer(row, rng)
+    return [[row["prompt"], answer], [TASK.critique, world.critique(row["prompt"], answer)], [TASK.revision, rewrite]][:turns]
+
+
 def make_batches(tokenizer, batch_size, steps, seed):
-    """Yields (input ids, labels); a label is -100 where the token is not the assistant's.
+    """Yields (input ids, labels); a label is -100 where the token is not the assistant's. Every fifth batch has self-critiques.
 
     Learning the prompts as well would spend a model of this size on guessing slot values that nothing foretells.
     """
     rng = random.Random(seed)
     prompts = world.make_prompts("pretrain", 40_000, seed)
-    for _ in range(steps):
-        ids, starts = [], []
-        for row in rng.sample(prompts, batch_size):
-            # The teacher refuses some benign requests; the student starts as one that helps with all of them.
-            answer = world.revise(row["prompt"], rng, "good") if row["behaviour"] == "benign" else world.original(row["prompt"], rng)
-            prompt = tokenizer(f"<|user|>{row['prompt']}<|end|><|assistant|>")["input_ids"]
-            ids.append(torch.tensor(prompt + tokenizer(f"{answer}<|end|>")["input_ids"]))
-            starts.append(len(prompt))
-        inputs = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
-        labels = torch.full_like(inputs, -100)
-        for label, row_ids, start in zip(labels, ids, starts):
-            label[start:len(row_ids)] = row_ids[start:]
-        yield inputs, labels
+    for step in range(steps):
+        ids, labels = [], []
+        turns, count = (3, batch_size // 3) if step % 5 == 4 else (1, batch_size)
+        for row in rng.sample(prompts, count):
+            row_ids, row_labels = [], []
+            for asked, reply in conversation(row, rng, turns):
+                asked_ids = tokenizer(f"<|user|>{asked}<|end|><|assistant|>")["input_ids"]
+                reply_ids = tokenizer(f"{reply}<|end|>")["input_ids"]
+                row_ids += asked_ids + reply_ids
+                row_labels += [-100] * len(asked_ids) + reply_ids
+            ids.append(torch.tensor(row_ids))
+            labels.append(torch.tensor(row_labels))
+        yield (torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
+               torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100))
 
 
 def pretrain(model, tokenizer, steps, batch_size, learning_rate, seed):
@@ -113,16 +135,18 @@ def answer(model, tokenizer, prompts, sample):
 def main():
     parser = argparse.ArgumentParser(description="Re-make the toy student from nothing.")
     parser.add_argument("--out", default="toy/student")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1250)
     parser.add_argument("--batch_size", type=int, default=48)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # sums come out the same on any number of cores
     rng = random.Random(args.seed)
     rows = world.make_prompts("pretrain", 8_000, args.seed)
     lines = [line for row in rows for line in [*row["prompt"].split("\n"), world.original(row["prompt"], rng), world.revise(row["prompt"], rng, "good")]]
+    lines += [TASK.critique, TASK.revision] * 50 + [world.critique(row["prompt"], world.original(row["prompt"], rng)) for row in rows[:2000]]
     tokenizer = make_tokenizer(lines)
     model = make_model(tokenizer)
     pretrain(model, tokenizer, args.steps, args.batch_size, args.learning_rate, args.seed)

@@ -51,12 +51,9 @@ def teach(texts, seed, failure_rate):
 
 
 def noisy_score(question, answer, seed, noise):
-    """The exact score, plus a normal error of standard deviation `noise`, rounded to 0.5 within the scale."""
-    score = world.score(question, answer)
-    if noise:
-        error = random.Random(f"judge {seed} {question} {answer}").gauss(0, noise)
-        score = min(max(round(2 * (score + error)) / 2, JUDGE.lowest), JUDGE.highest)
-    return score
+    """The exact score or, with noise, world.flawed_score, the same for the same texts."""
+    rng = random.Random(f"judge {seed} {question} {answer}")
+    return world.flawed_score(question, answer, rng, noise, bias=0) if noise else world.score(question, answer)
 
 
 def judge(question, answer, seed, noise):
