@@ -134,6 +134,11 @@ def is_chat(value):
         and isinstance(message.get("content"), str) and message["content"].strip() for message in value)
 
 
+def as_messages(prompt):
+    """A prompt as a new list of chat messages, whichever of its two forms it has."""
+    return list(prompt) if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+
+
 def check_pair(row, where, needs_scores):
     """A canonical row's (prompt, chosen, rejected, score_chosen, score_rejected), or BadInput.
 
@@ -218,8 +223,7 @@ class Pair:
 def prompt_text(tokenizer, prompt):
     """What the model reads before it answers: by the tokenizer's chat template, else `<bos>prompt` and an empty line."""
     if tokenizer.chat_template:
-        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(as_messages(prompt), tokenize=False, add_generation_prompt=True)
     starts_with_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("").input_ids
     return (tokenizer.bos_token if starts_with_bos else "") + prompt + "\n\n"
 
@@ -232,8 +236,7 @@ def answer_text(tokenizer, prompt, before, answer):
     """
     after = answer
     if tokenizer.chat_template:
-        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        whole = tokenizer.apply_chat_template(messages + [{"role": "assistant", "content": answer}], tokenize=False)
+        whole = tokenizer.apply_chat_template(as_messages(prompt) + [{"role": "assistant", "content": answer}], tokenize=False)
         # A template that renders a finished turn unlike an open one (thinking blocks) falls back to answer + eos.
         if whole.startswith(before) and answer.strip() in whole[len(before):]:
             after = whole[len(before):]
@@ -457,7 +460,7 @@ class Task:
     """All there is to a behaviour: a TOML file in tasks/."""
     name: str
     about: str
-    system: str = ""  # the system message of teacher and student
+    system: str = ""  # the teacher's system message; the student sees the prompt alone
     critique: str  # the user turn that asks the teacher to criticise its own answer
     revision: str  # the user turn that asks for the rewrite
     judge: Judge

@@ -32,11 +32,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.utils import logging as transformers_logging
 
-from data import (TOY_STUDENT, BadInput, Pair, canonical, check_model_name, collate, first_line, load_pairs, load_task, load_tokenizer, longest_row,
-                  printable, prompt_text, read_rows, read_text, run, split_by_tokens, write_whole)
+from data import (TOY_STUDENT, BadInput, Pair, as_messages, canonical, check_model_name, collate, first_line, load_pairs, load_task, load_tokenizer,
+                  longest_row, printable, prompt_text, read_rows, read_text, run, split_by_tokens, write_whole)
 from rdpo import reference_fingerprint, sequence_logps
 from reward import ENDPOINTS, add_judge_flags, ask_which, better, question_of, score_answer
-from teacher import Client, add_client_flags, at_least, check_prompt, checked_rows, digest, opening, read_finished, run_rows, stream_rows
+from teacher import Client, add_client_flags, at_least, check_prompt, checked_rows, digest, read_finished, run_rows, stream_rows
 
 
 def load_model(model, dtype=torch.float32):
@@ -171,10 +171,10 @@ def check_prompts(path):
 
 def converse(model, tokenizer, rows, task, args):
     """A list of Answers for each turn: one turn; or with a task three, as of a teacher: the answer, its critique, the rewrite."""
-    prompts, turns = [opening(task, row["prompt"]) if task else row["prompt"] for row in rows], []
+    prompts, turns = [row["prompt"] for row in rows], []
     for turn, request in enumerate((None, task.critique, task.revision) if task else (None,)):
         if request:
-            prompts = [prompt + [{"role": "assistant", "content": answer.text}, {"role": "user", "content": request}]
+            prompts = [as_messages(prompt) + [{"role": "assistant", "content": answer.text}, {"role": "user", "content": request}]
                        for prompt, answer in zip(prompts, turns[-1])]
         # The same random numbers for all systems: where two of them think alike, they also say the same.
         seeds = [zlib.crc32(f"{args.seed} {turn} {row['row']}".encode()) for row in rows]
@@ -191,7 +191,7 @@ def answer_rows(path, system, model, tokenizer, rows, task, args):
         raise BadInput(f"{system}: its tokenizer has no chat template, which --self_refine and prompts that are lists of messages need; "
                        "give an instruct model, or plain-text prompts")
     made_with = {"weights": reference_fingerprint(model, str(model.dtype)), "temperature": args.temperature, "seed": args.seed,
-                 "max_new_tokens": args.max_new_tokens} | ({"asked": [task.system, task.critique, task.revision]} if task else {})
+                 "max_new_tokens": args.max_new_tokens} | ({"asked": [task.critique, task.revision]} if task else {})
     rows = [{"id": f"{system}/{row['id']}", "row": row["id"], "system": system, "made_with": made_with}
             | {name: row[name] for name in ("behaviour", "prompt", "question") if name in row} for row in rows]
     finished = read_finished(path, ANSWERED)
@@ -234,7 +234,7 @@ def warn_of_overlap(folder, path, prompts):
         return
 
     def name(prompt):
-        return json.dumps([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+        return json.dumps(as_messages(prompt))
 
     seen = {name(canonical(row).get("prompt")) for _, row in read_rows(source, on_bad=lambda error: None)}
     count = sum(name(prompt) in seen for prompt in prompts)

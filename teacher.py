@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 import requests
 from tqdm import tqdm
 
-from data import BadInput, canonical, is_chat, load_task, printable, read_rows, run
+from data import BadInput, as_messages, canonical, is_chat, load_task, printable, read_rows, run
 
 # ----------------------------------------------------------------------------------------------------- the client
 
@@ -357,7 +357,7 @@ def check_prompt(row, where):
 
 def opening(task, prompt):
     """The messages that the teacher's first answer replies to."""
-    messages = list(prompt) if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    messages = as_messages(prompt)
     if task.system.strip() and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": task.system})
     return messages

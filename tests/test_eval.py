@@ -310,16 +310,12 @@ def test_self_refinement_is_one_growing_conversation(run_eval, write_rows, monke
         return [evaluation.Answer(f"reply {len(asked)}", "stop", [1], [2, 3]) for _ in prompts]
 
     monkeypatch.setattr(evaluation, "generate", generate)
-    text = open(TASK).read().replace('system = ""', 'system = "Be fair."')
-    task = write_rows(text, "task.toml")
-    code, out, err = run_eval("--self_refine", "--task", task, prompts=PROMPTS[:1])
+    code, out, err = run_eval("--self_refine", "--task", TASK, prompts=PROMPTS[:1])
     assert code == 0 and len(asked) == 5, err  # the student, the base, and three turns
-    assert asked[0] == asked[1] == [PROMPTS[0]["prompt"]]
-    loaded = data.load_task(task)
-    conversation = [("system", "Be fair."), ("user", PROMPTS[0]["prompt"]), ("assistant", "reply 3"), ("user", loaded.critique),
-                    ("assistant", "reply 4"), ("user", loaded.revision)]
-    assert [[(message["role"], message["content"]) for message in prompts[0]] for prompts in asked[2:]] == [
-        conversation[:2], conversation[:4], conversation]
+    assert asked[0] == asked[1] == asked[2] == [PROMPTS[0]["prompt"]]
+    task = data.load_task(TASK)
+    conversation = [("user", PROMPTS[0]["prompt"]), ("assistant", "reply 3"), ("user", task.critique), ("assistant", "reply 4"), ("user", task.revision)]
+    assert [[(message["role"], message["content"]) for message in prompts[0]] for prompts in asked[3:]] == [conversation[:3], conversation]
     row = next(row for row in read_lines(tmp_path / "eval" / "answers.jsonl") if row["system"] == "base + self-refine")
     assert (row["turns"], row["answer"]) == (["reply 3", "reply 4"], "reply 5") and "base + self-refine" in out
 
