@@ -500,8 +500,7 @@ def main(argv=None):
     changed = torch.cat([after != before for after, before in zip(sample_weights(model, own_dtype), weights_before)])
     with torch.compiler.set_stance("force_eager"):  # --compile has seen whole rows only
         answers_after = [answer.text for answer in generate(model, tokenizer, prompts, args.max_new_tokens)]
-    print("
-" + side_by_side(prompts[shown], {"reference": answers_before[shown], "student": answers_after[shown]}))
+    print("\n" + side_by_side(prompts[shown], {"reference": answers_before[shown], "student": answers_after[shown]}))
     if toy:
         from toy import world  # in the toy world what is right can be computed exactly
         print(rates_table(world.rates(toy_rows, answers_before), world.rates(toy_rows, answers_after), len(toy_rows)))
