@@ -54,7 +54,8 @@ METHODS = {
     "rDPO, T 0.3": ("--loss", "rdpo", "--temperature", "0.3"),
     "rDPO, T 3": ("--loss", "rdpo", "--temperature", "3"),
 }
-LEARNING_RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)
+COMPARED = list(METHODS)[:5]  # the others show what the temperature does, at rDPO's learning rate
+LEARNING_RATES = (1e-4, 2e-4, 4e-4, 8e-4)
 
 
 @dataclass(frozen=True)
@@ -314,10 +315,10 @@ def draw_kl(tuning, path):
     plt.close(figure)
 
 
-def best_rates(tuning, methods):
+def best_rates(tuning):
     """{(method, world): the learning rate with the highest score on the validation prompts}."""
     return {(method, conditions): max(LEARNING_RATES, key=lambda rate: tuning[Run(method, conditions, rate, TUNING_SEED, "validation")]["score"])
-            for method in methods for conditions in TUNED}
+            for method in COMPARED for conditions in TUNED}
 
 
 def machine():
@@ -329,7 +330,7 @@ def report(results, tuning, rates, seeds, minutes):
     """The text of RESULTS.md."""
     runs = [*tuning.values(), *itertools.chain(*results.runs.values())]
     cpu_minutes = sum(one["cpu_seconds"] for one in runs) / 60
-    main_worlds, methods, difference = [*RANDOM, SYSTEMATIC], list(METHODS)[:5], {}
+    main_worlds, methods, difference = [*RANDOM, SYSTEMATIC], COMPARED, {}
     for conditions in main_worlds:
         gaps = [ours - other for ours, other in zip(results.of("rDPO", conditions, "score"), results.of("DPO", conditions, "score"))]
         difference[conditions] = cell(gaps)
@@ -354,7 +355,7 @@ def report(results, tuning, rates, seeds, minutes):
         "## Learning rates: score on the validation prompts, and the choice\n\n"
         + table(["", "failing", *(f"{rate:g}" for rate in LEARNING_RATES), "chosen"],
                 [[method, column_name(conditions), *(f"{tuning[Run(method, conditions, rate, TUNING_SEED, 'validation')]['score']:.2f}" for rate in LEARNING_RATES),
-                  f"{rates[method, conditions]:g}"] for method in METHODS for conditions in TUNED]),
+                  f"{rates[method, conditions]:g}"] for method in COMPARED for conditions in TUNED]),
     ]
     return "\n".join(parts)
 
@@ -397,13 +398,13 @@ def main():
         print(f"{machine()}; {time.monotonic() - began:.0f} s")
         return
 
-    tuning_jobs = [Run(method, conditions, rate, TUNING_SEED, "validation") for method in METHODS for conditions in TUNED for rate in LEARNING_RATES]
+    tuning_jobs = [Run(method, conditions, rate, TUNING_SEED, "validation") for method in COMPARED for conditions in TUNED for rate in LEARNING_RATES]
     tuning = finish(tuning_jobs, finished, path, train_and_measure, args.out_dir, args.workers)
-    rates = best_rates(tuning, METHODS)
-    compared = [(method, conditions) for method in list(METHODS)[:5] for conditions in (*RANDOM, SYSTEMATIC)]
-    compared += [(method, conditions) for method in list(METHODS)[5:] for conditions in TUNED]
-    compared += [(method, conditions) for method in ("rDPO", "dSC") for conditions in SCORERS]
-    jobs = [Run(method, conditions, rates[method, tuned_at(conditions)], seed, "test") for method, conditions in compared for seed in seeds]
+    rates = best_rates(tuning)
+    wanted = [(method, conditions) for method in COMPARED for conditions in (*RANDOM, SYSTEMATIC)]
+    wanted += [(method, conditions) for method in METHODS if method not in COMPARED for conditions in TUNED]
+    wanted += [(method, conditions) for method in ("rDPO", "dSC") for conditions in SCORERS]
+    jobs = [Run(method, conditions, rates[method.split(",")[0], tuned_at(conditions)], seed, "test") for method, conditions in wanted for seed in seeds]
     results = Results(finish(jobs, finished, path, train_and_measure, args.out_dir, args.workers), baselines)
     os.makedirs(os.path.join(ROOT, "assets"), exist_ok=True)
     draw_noise(results, os.path.join(ROOT, "assets", "noise.png"))
