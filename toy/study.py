@@ -286,9 +286,8 @@ def draw_noise(results, path):
     axes[0].axhline(statistics.fmean(results.of("base", None, "score")), color="grey", linestyle=":", label="untrained")
     axes[0].legend(loc="lower left", ncols=2)
     for place, (method, colour) in enumerate(COLOURS.items()):
-        mean, half = interval(results.of(method, SYSTEMATIC, "score"))
-        axes[2].bar(place, mean, yerr=half, color=colour, capsize=4)
-    axes[2].set(title="The same, 40 % failing, all of them\non half of the prompt types", ylim=axes[0].get_ylim())
+        axes[2].errorbar(place, *interval(results.of(method, SYSTEMATIC, "score")), color=colour, marker="o", markersize=9, capsize=5, linewidth=3)
+    axes[2].set(title="Score, 40 % failing, all of it\non half of the prompt types", xlim=(-0.5, len(COLOURS) - 0.5), ylim=axes[0].get_ylim())
     axes[2].set_xticks(range(len(COLOURS)), COLOURS)
     for axis in axes:
         axis.grid(alpha=0.3)
@@ -326,7 +325,7 @@ def machine():
             f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}")
 
 
-def report(results, tuning, rates, seeds, minutes):
+def report(results, tuning, rates, seeds):
     """The text of RESULTS.md."""
     runs = [*tuning.values(), *itertools.chain(*results.runs.values())]
     cpu_minutes = sum(one["cpu_seconds"] for one in runs) / 60
@@ -338,8 +337,8 @@ def report(results, tuning, rates, seeds, minutes):
     scorers = [RANDOM[2], *SCORERS]
     parts = [
         "# Results of the study\n\nWritten by `python toy/study.py`; what is compared, and how, stands at its top.\n",
-        f"{machine()}; {len(runs)} training runs, {len(seeds)} seeds ({seeds[0]} to {seeds[-1]}), {cpu_minutes:.0f} CPU minutes in all, {minutes:.0f} minutes in "
-        f"this call. Numbers are means over the seeds ± half of a 95 % interval (Student's t). A column is a share of failing rewrites.\n",
+        f"{machine()}; {len(runs)} training runs, {len(seeds)} seeds ({seeds[0]} to {seeds[-1]}), {cpu_minutes:.0f} CPU minutes in all. "
+        f"Numbers are means over the seeds ± half of a 95 % interval (Student's t). A column is a share of failing rewrites.\n",
         "## Behaviour: score of sampled answers to unseen prompts, 0 to 5\n\n" + table_of(results, "score", ["base", "SR", *methods], main_worlds)
         + "\nrDPO minus DPO, seed by seed: " + ", ".join(f"{column_name(conditions)}: {text}" for conditions, text in difference.items()) + ".\n",
         "## Test pairs ranked rightly\n\n" + table_of(results, "ranked", methods, main_worlds),
@@ -409,7 +408,7 @@ def main():
     os.makedirs(os.path.join(ROOT, "assets"), exist_ok=True)
     draw_noise(results, os.path.join(ROOT, "assets", "noise.png"))
     draw_kl(tuning, os.path.join(ROOT, "assets", "kl.png"))
-    text = report(results, tuning, rates, seeds, (time.monotonic() - began) / 60)
+    text = report(results, tuning, rates, seeds)
     write_whole(os.path.join(ROOT, "toy", "RESULTS.md"), text)
     print(text)
 
