@@ -93,10 +93,10 @@ def main():
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--out_dir", default="out-real")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--max_length", type=int, default=192)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--max_length", type=int, default=96)
     parser.add_argument("--max_new_tokens", type=int, default=96)
-    parser.add_argument("--learning_rate", type=float, default=5e-6)
+    parser.add_argument("--learning_rate", type=float, default=2e-5)
     args = parser.parse_args()
     os.makedirs(args.out_dir, exist_ok=True)
     rows = [canonical(row) for _, row in read_rows(args.data)]
@@ -104,7 +104,7 @@ def main():
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             finished = {json.dumps(line["job"]): line["result"] for line in map(json.loads, file)}
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         for job in [{"method": "base", "seed": seed}] + [{"method": method, "failures": share, "seed": seed} for share in FAILURES for method in METHODS]:
             if json.dumps(job) in finished:
                 continue
