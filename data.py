@@ -362,45 +362,85 @@ def encode_pair(row, where, tokenizer, max_length, needs_scores, report):
 # -------------------------------------------------------------------------------------------------------- batches
 
 
+PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, -1  # the segments of a row
+
+
 @dataclass
 class Batch:
-    """R = 2B rows, one answer each: the B chosen answers, then the B rejected ones, in the same order of pairs."""
-    input_ids: "torch.Tensor"  # (R, T), padded on the right
-    attention_mask: "torch.Tensor"  # (R, T), 1 on real tokens
-    response_positions: "torch.Tensor"  # (N,) places of the response tokens in input_ids.flatten(), row by row
-    response_lengths: list  # R numbers that add up to N
+    """B pairs as R rows of T tokens, padded on the right, in one of collate's two layouts; N response tokens in all."""
+    shared: bool  # each prompt once; else one answer a row
+    input_ids: "torch.Tensor"  # (R, T)
+    segments: "torch.Tensor"  # (R, T) PROMPT, CHOSEN, REJECTED or PADDING
+    position_ids: "torch.Tensor"  # (R, T) where a token stands in its own conversation, prompt + one answer
+    states: "torch.Tensor"  # (N,) where, in the R * T places, the hidden state lies that predicts a response token
+    targets: "torch.Tensor"  # (N,) that token: of the B chosen answers, then of the B rejected ones
+    response_lengths: list  # 2B numbers that add up to N
 
     def to(self, device):
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.response_positions.to(device), self.response_lengths)
+        tensors = ("input_ids", "segments", "position_ids", "states", "targets")
+        return dataclasses.replace(self, **{name: send(getattr(self, name), device) for name in tensors})
 
 
-def collate(pairs):
-    """A Batch of pairs. Masks come from lengths, never from ids: a pad id that equals the eos id hides nothing."""
+def send(tensor, device):
+    """A CPU tensor on the device. A GPU copies it out of pinned memory while this process goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def collate(pairs, shared=False):
+    """A Batch of pairs. Places come from lengths, never from ids: a pad id that equals the eos id hides nothing.
+
+    shared=False   one answer a row, R = 2B      [prompt | chosen] of every pair, then [prompt | rejected] of every pair
+    shared=True    each prompt once, R = B       [prompt | chosen | rejected]; both answers go on where the prompt ended,
+                                                 so the prompt's last state predicts the first token of both
+    """
     import torch
-    rows = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs] + [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
-    lengths = [len(prompt_ids) + len(response_ids) for prompt_ids, response_ids in rows]
-    input_ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)  # (R, T)
-    attention_mask = torch.zeros_like(input_ids)  # (R, T)
-    positions = []
-    for i, (prompt_ids, response_ids) in enumerate(rows):
-        input_ids[i, :lengths[i]] = torch.tensor(prompt_ids + response_ids)
-        attention_mask[i, :lengths[i]] = 1
-        positions.append(i * max(lengths) + torch.arange(len(prompt_ids), lengths[i]))
-    return Batch(input_ids, attention_mask, torch.cat(positions), [len(response_ids) for _, response_ids in rows])
+    if shared:
+        rows = [(pair.prompt_ids, {CHOSEN: pair.chosen_ids, REJECTED: pair.rejected_ids}) for pair in pairs]
+    else:
+        rows = [(pair.prompt_ids, {CHOSEN: pair.chosen_ids}) for pair in pairs] + [(pair.prompt_ids, {REJECTED: pair.rejected_ids}) for pair in pairs]
+    width = max(len(prompt_ids) + sum(map(len, answers.values())) for prompt_ids, answers in rows)  # T
+    input_ids, position_ids = torch.zeros(2, len(rows), width, dtype=torch.long)  # each (R, T)
+    segments = torch.full_like(input_ids, PADDING)  # (R, T)
+    found = {CHOSEN: [], REJECTED: []}  # of each answer: the places of its predicting states, its tokens
+    for r, (prompt_ids, answers) in enumerate(rows):
+        start = len(prompt_ids)
+        input_ids[r, :start] = torch.tensor(prompt_ids)
+        position_ids[r, :start] = torch.arange(start)
+        segments[r, :start] = PROMPT
+        for segment, ids in answers.items():
+            place = slice(start, start + len(ids))
+            input_ids[r, place] = targets = torch.tensor(ids)
+            position_ids[r, place] = len(prompt_ids) + torch.arange(len(ids))
+            segments[r, place] = segment
+            states = torch.arange(start - 1, start - 1 + len(ids))  # the state at t-1 predicts the token at t
+            states[0] = len(prompt_ids) - 1
+            found[segment].append((r * width + states, targets))
+            start += len(ids)
+    states, targets = zip(*found[CHOSEN], *found[REJECTED])
+    return Batch(shared, input_ids, segments, position_ids, torch.cat(states), torch.cat(targets), [len(ids) for ids in targets])
 
 
 def longest_row(pair):
+    """Tokens of a pair's longer conversation: the prompt and one answer."""
     return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
 
 
-def split_by_tokens(pairs, indices, tokens_per_batch):
+def batch_tokens(pair, shared):
+    """Tokens that a pair alone takes in a batch of either layout, padding counted."""
+    return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) if shared else 2 * longest_row(pair)
+
+
+def split_by_tokens(pairs, indices, tokens_per_batch, shared=False):
     """Splits indices into micro-batches of pairs of like length, none above tokens_per_batch tokens, padding counted.
 
-    A pair that is longer than that on its own gets a micro-batch of its own.
+    A pair that is longer than that on its own gets a micro-batch of its own. shared is the layout, as for collate.
     """
+    def size(i):
+        return batch_tokens(pairs[i], shared)
+
     batches = []
-    for i in sorted(indices, key=lambda i: (longest_row(pairs[i]), i)):  # so the newest index has the longest row
-        if batches and 2 * longest_row(pairs[i]) * (len(batches[-1]) + 1) <= tokens_per_batch:
+    for i in sorted(indices, key=lambda i: (size(i), i)):  # so the newest index has the longest rows
+        if batches and size(i) * (len(batches[-1]) + 1) <= tokens_per_batch:
             batches[-1].append(i)
         else:
             batches.append([i])

@@ -22,11 +22,11 @@ from rdpo import sequence_logps
 
 
 def load_model(model, dtype=torch.float32):
-    """The model of a folder or hub id in eval mode, attention by SDPA. BadInput where it cannot be had."""
+    """The model of a folder or hub id in eval mode, attention by SDPA if it can. BadInput where it cannot be had."""
     check_model_name(model)
     transformers_logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa").eval()
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
     except (OSError, ValueError) as error:
         raise BadInput(f"--model {model}: cannot be loaded ({first_line(error)}); --model takes a model folder or a hub id") from error
 

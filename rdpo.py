@@ -16,7 +16,8 @@ its original (tau < 1/2) is pulled the other way, and a tie (tau = 1/2) is held 
 This is our reading of equation (2) of Gallego 2024 (arXiv:2402.08005): the paper says that the loss generalises DPO and
 that tau carries the scores in; the exact form of tau is inferred. It lives in one function, `preference_probability`.
 
-Shapes: B pairs, R = 2B rows (one answer a row), T tokens in the longest row, N response tokens in all, D hidden, V vocabulary.
+Shapes: B pairs, R rows of T tokens (R = B where a row holds a prompt once, with both answers; 2B where it holds one answer),
+N response tokens in all, D hidden, V vocabulary.
 
     python rdpo.py        prints the loss and its gradient for a few score gaps
 """
@@ -29,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------- target and loss
 
@@ -61,40 +61,143 @@ def rdpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_
 
 # --------------------------------------------------------------------------------------------- log-probabilities
 
-HEAD_CHUNK = 512  # response tokens whose (chunk, V) logits exist at one time
-
-
 def sequence_logps(model, batch):
-    """log pi(y|q) of every row of a data.Batch: the SUM over its response's tokens, the end-of-turn token included.
+    """log pi(y|q) of every answer of a data.Batch: the SUM over its tokens, the end-of-turn token included.
 
-    Returns (R,) float32. Only the states that predict a response token meet the output head, HEAD_CHUNK at a time, and
-    the backward pass makes each chunk's logits again: memory holds (HEAD_CHUNK, V) logits, never (R, T, V).
+    Returns (2B,) float32, the B chosen answers first, whichever of its two layouts the batch has. Only the states that predict
+    a response token meet the output head. Its gradient goes straight into its weight.grad: see TokenLogps.
     """
-    hidden = model.base_model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state  # (R, T, D)
-    targets = batch.input_ids.flatten()[batch.response_positions]  # (N,)
-    states = hidden.flatten(0, 1)[batch.response_positions - 1]  # (N, D): the state at t-1 predicts the token at t
+    where = {"position_ids": batch.position_ids, "attention_mask": attention_mask(model, batch)} if batch.shared else {}
+    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False, **where).last_hidden_state  # (R, T, D)
+    states = hidden.flatten(0, 1).index_select(0, batch.states).to(compute_dtype(model))  # (N, D)
     head = model.get_output_embeddings()
-    logps = torch.cat([
-        checkpoint(token_logps, head, some_states, some_targets, use_reentrant=False)
-        for some_states, some_targets in zip(states.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))])  # (N,)
-    return torch.stack([row.sum() for row in logps.split(batch.response_lengths)])  # (R,)
+    logps = TokenLogps.apply(states, head.weight, head.bias, batch.targets, *logit_scaling(model))  # (N,)
+    return torch.stack([answer.sum() for answer in logps.split(batch.response_lengths)])  # (2B,)
 
 
-def token_logps(head, states, targets):
-    """Log-probability (N,) float32 of each target (N,) under the head's logits of its state (N, D)."""
-    logits = head(states).float()  # (N, V)
-    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)  # (N,)
+def compute_dtype(model):
+    """What the model's matrix products are taken in: autocast's type where it is on, else the weights'."""
+    kind = model.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
 
 
-@torch.no_grad()
-def plain_sequence_logps(model, batch):
-    """The same (R,) the slow, obvious way, from the model's own full logits: what sequence_logps is checked against."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()  # (R, T, V)
-    logps = logits[:, :-1].log_softmax(-1).gather(2, batch.input_ids[:, 1:, None])[:, :, 0]  # (R, T-1)
-    is_response = torch.zeros_like(batch.input_ids, dtype=torch.bool)  # (R, T)
-    is_response.view(-1)[batch.response_positions] = True
-    return (logps * is_response[:, 1:]).sum(1)  # (R,)
+def attention_mask(model, batch):
+    """What the tokens of a shared row may look at: (R, 1, T, T), added to the attention scores, 0 or hugely negative.
+
+    A token looks at itself and at what stands before it in the prompt and in its own answer. For the rejected answer the
+    chosen one beside it does not exist: it reads the very conversation that it would read in a row of its own.
+
+                  prompt  chosen  rejected         \\  up to itself
+        prompt      \\                              #  all of it
+        chosen      #       \\
+        rejected    #               \\
+
+    Layers with a sliding window look back less far, counted in places of the conversation, not of the row; a config that names
+    the types of its layers wants a mask for each type. (One answer a row needs no mask: a token never looks to its right, and
+    there the padding stands.)
+    """
+    place = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)  # (T,)
+    segment, seen = batch.segments[:, :, None], batch.segments[:, None, :]  # of the token that looks, of the one looked at
+    visible = (place[:, None] >= place) & ((seen == 0) | (seen == segment))  # (R, T, T); 0 is the prompt; the diagonal is True
+    distance = batch.position_ids[:, :, None] - batch.position_ids[:, None, :]  # (R, T, T)
+
+    def additive(visible):  # SDPA would take the booleans themselves, but eager attention would add them, as 0 and 1
+        mask = torch.zeros(visible.shape, dtype=compute_dtype(model), device=visible.device)
+        return mask.masked_fill_(~visible, torch.finfo(mask.dtype).min)[:, None]
+
+    config = vars(model.config.get_text_config())
+    window = config.get("sliding_window")
+    if window is None:
+        return additive(visible)
+    near = additive(visible & (distance < window))
+    return {"full_attention": additive(visible), "sliding_attention": near} if config.get("layer_types") else near
+
+
+def logit_scaling(model):
+    """(scale, cap): what the architecture does to its output head's products, logits = cap * tanh(scale * products / cap).
+
+    By the names that configs have for it: `logit_scale` (Cohere), one over `logits_scaling` (Granite),
+    `final_logit_softcapping` (Gemma 2). Mostly (1.0, None): nothing, and no cap. train.py compares with the model's own logits
+    before it trains, so one that does something else is refused.
+    """
+    config = vars(model.config.get_text_config())
+    scale = (config.get("logit_scale") or 1.0) / (config.get("logits_scaling") or 1.0)
+    return scale, config.get("final_logit_softcapping")
+
+
+class TokenLogps(torch.autograd.Function):
+    """log pi (N,) float32 of each target token (N,), from the states (N, D) that predict them and the head (V, D).
+
+    Memory. The logits would be a step's largest tensor: 2,000 tokens x 152,000 words x 4 bytes = 1.2 GB, and their gradient as
+    much again. Here they never exist whole. A few tokens at a time go through the head; forward() keeps two numbers a token,
+    its log-probability and the log of the softmax's denominator, and drops the logits. backward() makes them again, at the
+    price of one more product with the head, and needs no more than
+
+        d log pi(t) / d logits = onehot(t) - softmax(logits)
+
+    So the peak holds the logits of one chunk, whatever the vocabulary and the number of tokens. The head's own gradient is as
+    large as the head: it is added into weight.grad chunk by chunk, where autograd would make such a matrix anew and then add it.
+    """
+
+    @staticmethod
+    def forward(ctx, states, weight, bias, targets, scale, cap):
+        logps, log_totals = torch.empty(2, len(states), device=states.device)  # (N,) each
+        for some, logits in logits_in_chunks(states, weight, bias, scale, cap):
+            log_totals[some] = logits.logsumexp(dim=1)
+            logps[some] = logits.gather(1, targets[some, None])[:, 0] - log_totals[some]
+        ctx.save_for_backward(states, weight, bias, targets, log_totals)
+        ctx.scale, ctx.cap = scale, cap
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad_logps):
+        states, weight, bias, targets, log_totals = ctx.saved_tensors
+        head = weight.to(states.dtype)  # (V, D)
+        grad_states, grad_bias = torch.empty_like(states), None if bias is None else torch.zeros_like(bias)
+        if weight.requires_grad and weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        for some, logits in logits_in_chunks(states, head, bias, ctx.scale, ctx.cap):
+            grad = (logits - log_totals[some, None]).exp_().mul_(-grad_logps[some, None])  # (n, V): -softmax
+            grad.scatter_add_(1, targets[some, None], grad_logps[some, None])  # + onehot
+            if ctx.cap:
+                grad *= 1 - (logits / ctx.cap) ** 2  # the slope of cap * tanh(x / cap)
+            if ctx.scale != 1:
+                grad *= ctx.scale
+            grad = grad.to(states.dtype)
+            grad_states[some] = grad @ head
+            if bias is not None:
+                grad_bias += grad.sum(0)
+            if weight.requires_grad and weight.dtype == states.dtype:
+                weight.grad.addmm_(grad.T, states[some])
+            elif weight.requires_grad:
+                weight.grad += grad.T @ states[some]
+        return grad_states, None, grad_bias, None, None, None
+
+
+HEAD_BYTES = {"cpu": 2**25, "cuda": 2**28, "mps": 2**28}  # of one chunk's logits: on a CPU small chunks stay in its caches
+
+
+def logits_in_chunks(states, weight, bias, scale, cap):
+    """Yields (which tokens, their logits (n, V) float32), as many tokens at a time as HEAD_BYTES hold."""
+    weight, bias = weight.to(states.dtype), None if bias is None else bias.to(states.dtype)
+    size = max(1, HEAD_BYTES[states.device.type] // (4 * len(weight)))
+    for start in range(0, len(states), size):
+        some = slice(start, start + size)
+        logits = F.linear(states[some], weight, bias).float()  # (n, V)
+        if scale != 1:
+            logits = scale * logits
+        yield some, cap * torch.tanh(logits / cap) if cap else logits
+
+
+def plain_sequence_logps(model, pairs):
+    """The same (2B,) the slow, obvious way, what sequence_logps is checked against: one answer at a time, behind its prompt,
+    from the model's own logits of every token, with no batch, no padding and no mask."""
+    sums = []
+    for prompt_ids, response_ids in [(p.prompt_ids, p.chosen_ids) for p in pairs] + [(p.prompt_ids, p.rejected_ids) for p in pairs]:
+        ids = torch.tensor([prompt_ids + response_ids], device=model.device)  # (1, T)
+        logps = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)  # (T-1, V)
+        sums.append(logps.gather(1, ids[0, 1:, None])[len(prompt_ids) - 1:].sum())
+    return torch.stack(sums)
 
 
 # ------------------------------------------------------------------------------------------------ reference cache

@@ -22,10 +22,12 @@ import time
 
 import torch
 from safetensors.torch import load_model as load_weights, save_model as save_weights
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from data import (TOY_STUDENT, BadInput, collate, epoch_order, load_pairs, load_tokenizer, longest_row, read_rows, run,
-                  split_by_tokens, split_held_out, write_whole)
+from data import (TOY_STUDENT, BadInput, batch_tokens, collate, epoch_order, first_line, load_pairs, load_tokenizer, longest_row, read_rows, run,
+                  send, split_by_tokens, split_held_out, write_whole)
 from eval import draw_curves, generate, have_matplotlib, load_model, position_limit, side_by_side
 from rdpo import ReferenceCache, plain_sequence_logps, preference_probability, rdpo_loss, sequence_key, sequence_logps
 
@@ -58,6 +60,8 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     # the machine: these change memory and speed only
     parser.add_argument("--tokens_per_batch", type=int, default=2048, help="most tokens, padding counted, in one forward pass")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="keep no activations within layers, compute them twice: less memory")
+    parser.add_argument("--compile", action="store_true", help="fuse the model's operations with torch.compile")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="compute dtype; weights stay float32")
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     parser.add_argument("--cache_dir", default="~/.cache/rdpo", help="where reference log-probabilities are kept for all runs")
@@ -90,6 +94,7 @@ def parse_args(argv=None):
 class Rows:
     """Pairs and what is known of each before training; the tensors are (P,), on the CPU."""
     pairs: list
+    shared: bool  # the layout of their batches: each prompt once, or one answer a row
     ref_chosen_logps: torch.Tensor
     ref_rejected_logps: torch.Tensor
     tau: torch.Tensor
@@ -116,11 +121,11 @@ def total_loss(columns, pair_count, chosen_tokens, args):
 
 def forward(model, rows, indices, args, autocast):
     """The policy on some pairs, given by index: their losses and what is logged of them, a dict of (B,) tensors."""
+    columns = torch.stack([column[indices] for column in (rows.ref_chosen_logps, rows.ref_rejected_logps, rows.tau)])  # (3, B)
+    ref_chosen_logps, ref_rejected_logps, tau = send(columns, model.device)
     with autocast():
-        logps = sequence_logps(model, collate([rows.pairs[i] for i in indices]).to(model.device))  # (2B,)
+        logps = sequence_logps(model, collate([rows.pairs[i] for i in indices], rows.shared).to(model.device))  # (2B,)
     policy_chosen_logps, policy_rejected_logps = logps.chunk(2)
-    ref_chosen_logps, ref_rejected_logps, tau = (
-        column[indices].to(model.device) for column in (rows.ref_chosen_logps, rows.ref_rejected_logps, rows.tau))
     losses, chosen_rewards, rejected_rewards = rdpo_loss(
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, tau, args.beta)
     return {"losses": losses, "logps/chosen": policy_chosen_logps, "logps/rejected": policy_rejected_logps,
@@ -146,21 +151,21 @@ def summary(parts, rows, indices, args):
 @torch.no_grad()
 def evaluate(model, rows, args, autocast):
     """The metrics of held-out rows, each name behind eval/."""
-    batches = split_by_tokens(rows.pairs, range(len(rows.pairs)), args.tokens_per_batch)
+    batches = split_by_tokens(rows.pairs, range(len(rows.pairs)), args.tokens_per_batch, rows.shared)
     parts = [forward(model, rows, batch, args, autocast) for batch in batches]
     return {f"eval/{name}": value for name, value in summary(parts, rows, sum(batches, []), args).items()}
 
 
-def with_reference(pairs, args, model, cache, autocast):
+def with_reference(pairs, args, model, cache, autocast, shared):
     """Rows of the pairs, and how many of them the cache did not know: those are computed and kept."""
     keys = [(sequence_key(pair.prompt_ids, pair.chosen_ids), sequence_key(pair.prompt_ids, pair.rejected_ids)) for pair in pairs]
     missing = [i for i, both in enumerate(keys) if not set(both) <= cache.logps.keys()]
     last_save = time.monotonic()
     try:
         with tqdm(total=len(missing), desc="reference", unit="pair", disable=None, leave=False) as progress:
-            for batch in reversed(split_by_tokens(pairs, missing, args.tokens_per_batch)):  # the longest first: memory runs out now or never
+            for batch in reversed(split_by_tokens(pairs, missing, args.tokens_per_batch, shared)):  # the longest first: memory runs out now or never
                 with torch.no_grad(), autocast():
-                    logps = sequence_logps(model, collate([pairs[i] for i in batch]).to(model.device)).view(2, -1).T.cpu()  # (B, 2)
+                    logps = sequence_logps(model, collate([pairs[i] for i in batch], shared).to(model.device)).view(2, -1).T.cpu()  # (B, 2)
                 for i, both in zip(batch, logps):
                     check_finite(both, pairs[i])
                     cache.logps |= zip(keys[i], both.tolist())
@@ -174,7 +179,7 @@ def with_reference(pairs, args, model, cache, autocast):
     logps = torch.tensor([[cache.logps[key] for key in both] for both in keys])  # (P, 2)
     gaps = torch.tensor([math.nan if None in (pair.score_chosen, pair.score_rejected) else pair.score_chosen - pair.score_rejected
                          for pair in pairs])  # (P,)
-    return Rows(pairs, logps[:, 0], logps[:, 1], target_probabilities(gaps, args), gaps), len(missing)
+    return Rows(pairs, shared, logps[:, 0], logps[:, 1], target_probabilities(gaps, args), gaps), len(missing)
 
 
 def check_finite(reference_logps, pair):
@@ -188,9 +193,32 @@ ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 def check_equal(what, live, expected, tokens, dtype, remedy):
     """BadInput where summed log-probabilities (B,) that must be equal differ by more than rounding, tokens (B,) long."""
-    difference = (live.cpu() - expected).abs()
+    difference = (live.cpu() - expected.cpu()).abs()
     if not (difference <= 1e-3 + ROUNDING[dtype] * torch.tensor(tokens)).all():
         raise BadInput(f"{what} differ by up to {difference.max():.4g}; {remedy}")
+
+
+def choose_layout(model, pairs, args, dtype, autocast):
+    """(whether the model can read a prompt once for both answers, why), by trying it on the longest pair that a batch holds.
+
+    Models differ in how they take masks and positions, so no table of names says which of them can: the log-probabilities do.
+    One answer a row needs neither, and is compared with the model's own logits; BadInput where those differ.
+    """
+    small = [pair for pair in pairs if batch_tokens(pair, shared=False) <= args.tokens_per_batch] or [min(pairs, key=longest_row)]
+    pair = max(small, key=longest_row)
+    tokens = [len(pair.chosen_ids), len(pair.rejected_ids)]
+    with autocast(), torch.no_grad():
+        own = plain_sequence_logps(model, [pair]).cpu()
+        check_finite(own, pair)
+        apart = sequence_logps(model, collate([pair]).to(model.device)).cpu()
+        check_equal(f"--model {args.model}: log-probabilities from its hidden states and from its own logits", apart, own, tokens, dtype,
+                    "an architecture that changes its logits after the output head in a way of its own is not supported")
+        try:
+            together = sequence_logps(model, collate([pair], shared=True).to(model.device)).cpu()
+            check_equal("log-probabilities", together, apart, tokens, dtype, "it does not keep to masks or positions that are given")
+        except (BadInput, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            return False, f"this model cannot read a prompt once for both: {first_line(error)}"
+    return True, f"on {pair.where} its log-probabilities differ from those of separate rows by {(together - apart).abs().max():.0e}"
 
 
 # ------------------------------------------------------------------------------------------------ saving and resuming
@@ -319,23 +347,24 @@ def main(argv=None):
     # Student: loaded in its own dtype, which is also the one it is saved in, then trained in float32.
     model = load_model(args.model or TOY_STUDENT, dtype="auto")
     own_dtype = model.dtype
-    model.float().to(device)
+    model.float().to(device)  # it stays in eval mode: dropout would blur the log-ratios
+    if args.gradient_checkpointing:
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not layers:
+            raise BadInput(f"--gradient_checkpointing: --model {args.model} has no layers that allow it; leave it out")
+        for layer in layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     longest = max(map(longest_row, pairs + held_out))
     limit = position_limit(model)
     if longest > limit:
         raise BadInput(f"--max_length {args.max_length}: the longest row has {longest} tokens, but the model takes {limit}; --max_length {limit}")
-    shortest = min(pairs, key=longest_row)
-    with autocast(), torch.no_grad():
-        batch = collate([shortest]).to(device)
-        own_logps = plain_sequence_logps(model, batch).cpu()
-        check_finite(own_logps, shortest)
-        check_equal(f"--model {args.model}: log-probabilities from its hidden states and from its own logits", sequence_logps(model, batch),
-                    own_logps, batch.response_lengths, dtype, "an architecture that changes its logits after the output head is not supported")
+    shared, why = choose_layout(model, pairs, args, dtype, autocast)
+    print(f"layout: {'each prompt once, with both answers' if shared else 'one answer a row'} ({why})")
 
     # Reference: the student before its first step. Its log-probabilities come from the cache, or are computed into it.
     cache, reference_began = ReferenceCache(os.path.expanduser(args.cache_dir), model, args.dtype), time.monotonic()
-    rows, computed = with_reference(pairs, args, model, cache, autocast)
-    held_out_rows, computed_too = with_reference(held_out, args, model, cache, autocast)
+    rows, computed = with_reference(pairs, args, model, cache, autocast, shared)
+    held_out_rows, computed_too = with_reference(held_out, args, model, cache, autocast, shared)
     print(f"{len(pairs)} pairs to train on, {len(held_out)} held out; reference log-probabilities: {computed + computed_too} pairs "
           f"computed in {time.monotonic() - reference_began:.1f} s, the others from {args.cache_dir}")
 
@@ -349,6 +378,8 @@ def main(argv=None):
     with autocast():
         answers_before = [answer.text for answer in generate(model, tokenizer, prompts, args.max_new_tokens)]
     weights_before = sample_weights(model, own_dtype)
+    if args.compile:  # for any number of rows and tokens, so that it is compiled a few times and not for every batch
+        model.base_model.compile(dynamic=True)
 
     # Optimizer: AdamW on float32 weights; a gradient scaler only under float16; learning rate up, then down a cosine.
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
@@ -399,12 +430,13 @@ def main(argv=None):
     for step in range(first_step, total_steps):
         step_began = time.monotonic()
         epoch, place = divmod(step, steps_per_epoch)
-        order = epoch_order(len(pairs), args.seed, epoch)
+        if place == 0 or step == first_step:
+            order = epoch_order(len(pairs), args.seed, epoch)
         indices = order[place * args.batch_size:(place + 1) * args.batch_size]
         chosen_tokens = sum(len(pairs[i].chosen_ids) for i in indices)
 
         # Forward and backward, a micro-batch at a time; each is weighted by what the whole step holds.
-        batches, parts = split_by_tokens(pairs, indices, args.tokens_per_batch), []
+        batches, parts = split_by_tokens(pairs, indices, args.tokens_per_batch, shared), []
         for batch in batches:
             columns = forward(model, rows, batch, args, autocast)
             scaler.scale(total_loss(columns, len(indices), chosen_tokens, args)).backward()
@@ -420,8 +452,9 @@ def main(argv=None):
 
         # A step that is not finite is never taken.
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
-        metrics = summary(parts, rows, indices, args)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        metrics = summary(parts, rows, indices, args)  # here, once a step, the CPU waits for the GPU
+        grad_norm = grad_norm.item()
         if not math.isfinite(metrics["loss"]) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
             losses = torch.cat([part["losses"] for part in parts]).tolist()
             names = [pairs[i].where for i, loss in zip(indices, losses) if not math.isfinite(loss)] or [pairs[i].where for i in indices]
@@ -465,7 +498,8 @@ def main(argv=None):
     if have_matplotlib():
         draw_curves([args.out_dir], os.path.join(args.out_dir, "curves.png"))
     changed = torch.cat([after != before for after, before in zip(sample_weights(model, own_dtype), weights_before)])
-    answers_after = [answer.text for answer in generate(model, tokenizer, prompts, args.max_new_tokens)]
+    with torch.compiler.set_stance("force_eager"):  # --compile has seen whole rows only
+        answers_after = [answer.text for answer in generate(model, tokenizer, prompts, args.max_new_tokens)]
     print("\n" + side_by_side(prompts[shown], {"reference": answers_before[shown], "student": answers_after[shown]}))
     if toy:
         from toy import world  # in the toy world what is right can be computed exactly
