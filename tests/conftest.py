@@ -15,21 +15,41 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach a model hub
 
-from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, GgufConfig,  # noqa: E402
-                          GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM)
+import transformers  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: E402
 
 import data  # noqa: E402
 import train  # noqa: E402
 
-SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256)
+SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256,
+             bos_token_id=0, eos_token_id=1, pad_token_id=2)
+GROUPED = SMALL | dict(num_key_value_heads=2)
+WINDOW = 7  # shorter than most of random_pairs' rows
+
+
+def build(name, **config):
+    """A function of the vocabulary's size that makes a model of one of transformers' architectures."""
+    return lambda vocab: getattr(transformers, f"{name}ForCausalLM")(
+        next(getattr(transformers, f"{name}{end}") for end in ("TextConfig", "Config") if hasattr(transformers, f"{name}{end}"))(vocab_size=vocab, **config))
+
+
 ARCHITECTURES = {
-    "llama": lambda vocab: LlamaForCausalLM(LlamaConfig(vocab_size=vocab, num_key_value_heads=2, **SMALL)),
-    "llama_tied": lambda vocab: LlamaForCausalLM(LlamaConfig(vocab_size=vocab, num_key_value_heads=4, tie_word_embeddings=True, **SMALL)),
-    "qwen2": lambda vocab: Qwen2ForCausalLM(Qwen2Config(vocab_size=vocab, num_key_value_heads=2, **SMALL)),
-    "gemma3": lambda vocab: Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=vocab, num_key_value_heads=2, head_dim=8, **SMALL)),
-    "gpt2": lambda vocab: GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_embd=32, n_layer=2, n_head=4, n_positions=256)),
-    "gpt_neox": lambda vocab: GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=vocab, **SMALL)),
+    "llama": build("Llama", **GROUPED),
+    "llama_tied": build("Llama", tie_word_embeddings=True, **SMALL),
+    "qwen2": build("Qwen2", **GROUPED),
+    "qwen2_window": build("Qwen2", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1, **GROUPED),
+    "mistral_window": build("Mistral", sliding_window=WINDOW, **GROUPED),
+    "gemma2": build("Gemma2", sliding_window=WINDOW, head_dim=8, final_logit_softcapping=3.0, attn_logit_softcapping=5.0, **GROUPED),
+    "gemma3": build("Gemma3", sliding_window=WINDOW, head_dim=8, layer_types=["sliding_attention", "full_attention"], **GROUPED),
+    "gpt2": lambda vocab: transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=vocab, n_embd=32, n_layer=2, n_head=4, n_positions=256,
+                                                                               bos_token_id=0, eos_token_id=1)),
+    "phi": build("Phi", **SMALL),  # its output head has a bias
+    "phi3": build("Phi3", **GROUPED),
+    "gpt_neox": build("GPTNeoX", **SMALL),
+    "cohere": build("Cohere", logit_scale=0.3, **GROUPED),
+    "granite": build("Granite", logits_scaling=3.0, **GROUPED),
 }
+WINDOWED = ("qwen2_window", "mistral_window", "gemma2", "gemma3")
 
 
 def tiny_model(name="llama", vocab=97, seed=0):

@@ -206,12 +206,19 @@ def test_weights_that_are_not_finite(run_train, write_rows, tmp_path, toy_tokeni
     assert_one_line(result, "finite")
 
 
-def test_model_that_changes_its_logits_after_the_head_is_refused(run_train, write_rows, tmp_path, toy_tokenizer):
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-    config = Gemma2Config(vocab_size=len(toy_tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                          num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.1)
-    model = save_model(tmp_path / "model", Gemma2ForCausalLM(config), toy_tokenizer)
-    assert_one_line(run_train("--data", write_rows(rows_with()[:30]), "--model", model), "--model")
+def test_model_that_changes_its_logits_in_an_unknown_way_is_refused(run_train, write_rows, tmp_path, toy_tokenizer):
+    """Falcon-H1 multiplies them by `lm_head_multiplier`, a name that rdpo.logit_scaling does not know; by 1 it is taken."""
+    from transformers import FalconH1Config, FalconH1ForCausalLM
+    path = write_rows(rows_with()[:30])
+    for multiplier in (0.5, 1.0):
+        config = FalconH1Config(vocab_size=len(toy_tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+                                num_key_value_heads=2, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1,
+                                lm_head_multiplier=multiplier)
+        model = save_model(tmp_path / f"model-{multiplier}", FalconH1ForCausalLM(config), toy_tokenizer)
+        result = run_train("--data", path, "--model", model, "--max_steps", 1, "--max_new_tokens", 1)
+        if multiplier == 0.5:
+            assert_one_line(result, "own logits")
+    assert result[0] == 0
 
 
 def test_unknown_flag_and_no_traceback_in_a_real_process(write_rows):

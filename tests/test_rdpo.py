@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ARCHITECTURES, random_pairs, tiny_model
 
-from data import collate, split_by_tokens
+from data import PADDING, PROMPT, collate, split_by_tokens
 from rdpo import ReferenceCache, plain_sequence_logps, preference_probability, rdpo_loss, reference_fingerprint, sequence_key, sequence_logps
 
 
@@ -121,44 +121,28 @@ def test_logps_equal_transformers_own_loss(name):
             labels[:, :len(pair.prompt_ids)] = -100
             slow.append(-model(input_ids=ids, labels=labels).loss.item() * len(response))
     assert torch.allclose(fast, torch.tensor(slow), atol=1e-4)
-    assert torch.allclose(fast, plain_sequence_logps(model, collate(pairs)), atol=1e-4)
+    assert torch.allclose(fast, plain_sequence_logps(model, pairs), atol=1e-4)
 
 
 def test_logps_control_a_shift_by_one_is_seen():
     model, batch = tiny_model(), collate(random_pairs(5))
-    right = plain_sequence_logps(model, batch)
-    batch.response_positions = batch.response_positions - 1
+    right = sequence_logps(model, batch)
+    batch.states = batch.states - 1
     assert (sequence_logps(model, batch) - right).abs().max() > 0.1
-
-
-def test_logps_gradients_equal_full_logits_in_float64_whatever_the_chunk(monkeypatch):
-    model, pairs = tiny_model().double(), random_pairs(4)
-    batch, weights = collate(pairs), torch.linspace(-1, 1, 8, dtype=torch.float64)
-
-    def gradients(logps):
-        model.zero_grad()
-        (logps * weights).sum().backward()
-        return torch.cat([weight.grad.flatten() for weight in model.parameters()])
-
-    full = gradients(plain_sequence_logps.__wrapped__(model, batch))  # without its no_grad
-    for chunk in (1, 7, 512):
-        monkeypatch.setattr("rdpo.HEAD_CHUNK", chunk)
-        assert torch.allclose(gradients(sequence_logps(model, batch)), full, atol=1e-5)
-    assert not torch.allclose(full, gradients(sequence_logps(model, collate(pairs[:2] * 2))), atol=1e-3)
 
 
 def test_batch_mates_and_padding_change_nothing():
     model, pairs = tiny_model(), random_pairs(6)
-    together = sequence_logps(model, collate(pairs))
-    alone = torch.stack([sequence_logps(model, collate([pair])) for pair in pairs])  # (P, 2)
-    assert torch.allclose(together, torch.cat([alone[:, 0], alone[:, 1]]), atol=1e-4)
-    # The padding's ids do not matter, whatever they are (a pad id may equal the eos id).
-    batch = collate(pairs)
-    batch.input_ids[batch.attention_mask == 0] = 5
-    assert torch.equal(sequence_logps(model, batch), together)
-    batch.attention_mask[:] = 1  # control: had the answers stood left of the padding's attention, it would show
-    batch.input_ids = batch.input_ids.flip(1)
-    assert not torch.allclose(sequence_logps(model, batch), together, atol=1e-2)
+    for shared in (False, True):
+        batch = collate(pairs, shared)
+        together = sequence_logps(model, batch)
+        alone = torch.stack([sequence_logps(model, collate([pair], shared)) for pair in pairs])  # (P, 2)
+        assert torch.allclose(together, torch.cat([alone[:, 0], alone[:, 1]]), atol=1e-4)
+        # The padding's ids do not matter, whatever they are (a pad id may equal the eos id).
+        batch.input_ids[batch.segments == PADDING] = 5
+        assert torch.equal(sequence_logps(model, batch), together)
+        batch.input_ids[batch.segments == PROMPT] = 5  # control: other ids are seen
+        assert not torch.allclose(sequence_logps(model, batch), together, atol=1e-2)
 
 
 def test_prompt_tokens_do_not_count_and_the_last_token_does():
@@ -213,11 +197,13 @@ def test_cache_key_changes_with_each_of_its_parts():
     assert reference_fingerprint(renamed, "float32") == names[0]
 
 
-def test_split_by_tokens_bounds_memory_and_loses_no_pair():
+@pytest.mark.parametrize("shared", [False, True])
+def test_split_by_tokens_bounds_memory_and_loses_no_pair(shared):
     pairs = random_pairs(40)
     for bound in (1, 64, 200, 10**6):
-        batches = split_by_tokens(pairs, range(40), bound)
+        batches = split_by_tokens(pairs, range(40), bound, shared)
         assert sorted(sum(batches, [])) == list(range(40))
         for batch in batches:
-            assert len(batch) == 1 or collate([pairs[i] for i in batch]).input_ids.numel() <= bound
-    assert len(split_by_tokens(pairs, range(40), 10**6)) == 1
+            assert len(batch) == 1 or collate([pairs[i] for i in batch], shared).input_ids.numel() <= bound
+    assert len(split_by_tokens(pairs, range(40), 10**6, shared)) == 1
+    assert len(split_by_tokens(pairs, range(40), 200, True)) < len(split_by_tokens(pairs, range(40), 200, False))

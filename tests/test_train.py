@@ -11,13 +11,14 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, random_pairs, read_metrics, tiny_model
+from conftest import ARCHITECTURES, ROOT, build, random_pairs, read_metrics, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import rdpo
 import train
-from data import TOY_STUDENT, split_by_tokens
+from data import TOY_STUDENT, collate, longest_row, split_by_tokens
 
 
 def args_for(**changes):
@@ -26,10 +27,10 @@ def args_for(**changes):
     return args
 
 
-def rows_of(model, pairs, args, tmp_path):
+def rows_of(model, pairs, args, tmp_path, shared=False):
     autocast = lambda: torch.autocast("cpu", enabled=False)  # noqa: E731
     cache = rdpo.ReferenceCache(tmp_path, model, "float32")
-    return train.with_reference(pairs, args, model, cache, autocast), autocast
+    return train.with_reference(pairs, args, model, cache, autocast, shared), autocast
 
 
 def weights_of(folder):
@@ -43,10 +44,11 @@ def same_weights(one, other):
 # ------------------------------------------------------------------------------------------------- what is computed
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("loss", ["rdpo", "dpo", "sft"])
-def test_any_micro_batch_split_gives_the_same_gradient(loss, tmp_path):
+def test_any_micro_batch_split_gives_the_same_gradient(loss, shared, tmp_path):
     model, pairs, args = tiny_model(), random_pairs(12), args_for(loss=loss, sft_weight=0.3)
-    (rows, _), autocast = rows_of(tiny_model(seed=1), pairs, args, tmp_path)  # another model, so that margins are not 0
+    (rows, _), autocast = rows_of(tiny_model(seed=1), pairs, args, tmp_path, shared)  # another model, so that margins are not 0
     tokens = sum(len(pair.chosen_ids) for pair in pairs)
 
     def gradient(batches, pair_count=12, token_count=tokens):
@@ -58,7 +60,7 @@ def test_any_micro_batch_split_gives_the_same_gradient(loss, tmp_path):
 
     whole = gradient([list(range(12))])
     for bound in (1, 60, 100, 150, 300):
-        assert torch.allclose(gradient(split_by_tokens(pairs, range(12), bound)), whole, atol=1e-6)
+        assert torch.allclose(gradient(split_by_tokens(pairs, range(12), bound, shared)), whole, atol=1e-6)
     # Control: each micro-batch averaged over itself, the mistake of other trainers, is something else.
     uneven = [list(range(10)), [10, 11]]
     wrong = sum(gradient([batch], len(batch), sum(len(pairs[i].chosen_ids) for i in batch)) for batch in uneven) / 2
@@ -76,7 +78,7 @@ def test_losses_are_what_they_say(tmp_path):
         loss = train.summary(parts, rows, list(range(8)), args)["loss"]
         expected, chosen_tokens, chosen_sum = 0.0, sum(len(pair.chosen_ids) for pair in pairs), 0.0
         for i, pair in enumerate(pairs):
-            policy, reference = (rdpo.plain_sequence_logps(m, train.collate([pair])).tolist() for m in (model, tiny_model(seed=1)))
+            policy, reference = (rdpo.plain_sequence_logps(m, [pair]).tolist() for m in (model, tiny_model(seed=1)))
             margin = args.beta * ((policy[0] - reference[0]) - (policy[1] - reference[1]))
             tau = (1 / (1 + math.exp(-(pair.score_chosen - pair.score_rejected) / args.temperature)) if args.loss == "rdpo"
                    else 1 - args.label_smoothing)
@@ -99,6 +101,17 @@ def test_second_run_computes_no_reference_and_a_changed_weight_computes_all(tmp_
     (_, computed_changed), _ = rows_of(model, pairs, args, tmp_path)
     assert (computed, computed_again, computed_more, computed_changed) == (10, 0, 3, 10)
     assert torch.equal(rows.ref_chosen_logps, again.ref_chosen_logps)
+
+
+def test_cache_of_one_layout_is_valid_for_the_other(run_train, tmp_path, toy_rows, write_rows, monkeypatch):
+    path, steps = write_rows(toy_rows[:60]), {}
+    for shared in (True, False):
+        monkeypatch.setattr(train, "choose_layout", lambda *_, shared=shared: (shared, "chosen by the test"))
+        code, out, _ = run_train("--data", path, "--max_steps", 2, "--out_dir", tmp_path / f"out-{shared}")
+        assert code == 0 and (": 0 pairs computed" in out) != shared  # the step-0 gate has compared live and cached
+        steps[shared] = read_metrics(tmp_path / f"out-{shared}")[0]
+    for one, other in zip(steps[True], steps[False]):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5) and one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
 def test_reference_pass_that_is_stopped_keeps_what_it_computed(tmp_path, monkeypatch):
@@ -207,6 +220,62 @@ def test_dsc_trains_on_accepted_revisions_only(run_train, tmp_path, toy_rows, wr
     _, out, _ = run_train("--data", write_rows(rows), "--eval_data", write_rows(rows, "eval.jsonl"), "--loss", "dsc", "--max_steps", 1)
     accepted = sum(row["score_chosen"] > row["score_rejected"] for row in rows)
     assert f"dsc: {accepted} of 100" in out and f"{accepted} pairs to train on, 100 held out" in out
+
+
+# ---------------------------------------------------------------------------------- layout, memory and compilation
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral_window", "gemma2", "gpt2"])
+def test_layout_is_shared_where_both_ways_agree(name):
+    shared, why = train.choose_layout(tiny_model(name), random_pairs(12), args_for(), torch.float32, torch.no_grad)
+    assert shared and "differ from those of separate rows by" in why
+
+
+@pytest.mark.parametrize("name, config", [("Mamba", dict(hidden_size=32, num_hidden_layers=2, state_size=8)),
+                                          ("Bloom", dict(hidden_size=32, n_layer=2, n_head=4)),
+                                          ("GPTNeo", dict(hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=8))])
+def test_layout_is_one_answer_a_row_where_they_do_not(name, config, monkeypatch):
+    """A recurrent model, one that makes its own masks, one whose windows are not in its config's usual place."""
+    monkeypatch.setitem(ARCHITECTURES, name, build(name, bos_token_id=0, eos_token_id=1, **config))
+    shared, why = train.choose_layout(tiny_model(name), random_pairs(12), args_for(), torch.float32, torch.no_grad)
+    assert not shared and "this model cannot read a prompt once for both" in why
+
+
+def test_layout_is_tried_on_the_longest_pair_that_a_batch_holds(monkeypatch):
+    pairs, tried = random_pairs(12), []
+    monkeypatch.setattr(train, "collate", lambda some, shared=False: tried.append(some[0]) or collate(some, shared))
+    for bound in (10**6, 60, 1):
+        train.choose_layout(tiny_model(), pairs, args_for(tokens_per_batch=bound), torch.float32, torch.no_grad)
+    lengths = [longest_row(pair) for pair in pairs]
+    assert [longest_row(pair) for pair in tried[::2]] == [max(lengths), max(length for length in lengths if length <= 30), min(lengths)]
+
+
+def test_gradient_checkpointing_changes_no_result(run_train, tmp_path, toy_rows, write_rows, monkeypatch):
+    path, calls = write_rows(toy_rows[:60]), []
+    forward = LlamaDecoderLayer.forward
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda *args, **kwargs: calls.append(torch.is_grad_enabled()) or forward(*args, **kwargs))
+    for name, flags in (("plain", []), ("checkpointed", ["--gradient_checkpointing"])):
+        assert run_train("--data", path, "--max_steps", 2, "--out_dir", tmp_path / name, *flags)[0] == 0
+        calls.append(None)
+    split = calls.index(None)
+    assert sum(map(bool, calls[split:])) == 2 * sum(map(bool, calls[:split])) > 0  # each layer twice, in steps that learn
+    for one, other in zip(read_metrics(tmp_path / "plain")[0], read_metrics(tmp_path / "checkpointed")[0]):
+        assert all(one[name] == pytest.approx(other[name], abs=1e-6) for name in ("loss", "grad_norm", "logps/chosen"))
+    assert same_weights(weights_of(tmp_path / "plain"), weights_of(tmp_path / "checkpointed"))
+
+
+def test_compile_changes_no_result_and_is_bounded(run_train, tmp_path, toy_rows, write_rows, monkeypatch):
+    """With dynamo's own backend: what is traced is tested, not the compiler behind it, which takes minutes."""
+    compile_module, graphs = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, dynamic: compile_module(
+        self, dynamic=dynamic, backend=lambda graph, _: graphs.append(graph) or graph.forward))
+    path = write_rows(toy_rows[:100])
+    for name, flags in (("plain", []), ("compiled", ["--compile"])):
+        assert run_train("--data", path, "--max_steps", 6, "--tokens_per_batch", 500, "--out_dir", tmp_path / name, *flags)[0] == 0
+    assert 0 < len(graphs) <= 4  # with and without gradients, one row and several
+    for one, other in zip(read_metrics(tmp_path / "plain")[0], read_metrics(tmp_path / "compiled")[0]):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+    assert weights_of(tmp_path / "plain").keys() == weights_of(tmp_path / "compiled").keys()
 
 
 # -------------------------------------------------------------------------------------------------------- warnings
