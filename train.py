@@ -501,6 +501,13 @@ def main(argv=None):
     for which in (signal.SIGINT, signal.SIGTERM):
         signal.signal(which, on_signal)
 
+    # What ends a run before its time, a full disk or another process's death, says how to go on.
+    def on_crash(kind, error, trace):
+        sys.__excepthook__(kind, error, trace)
+        print(f"the run ended before its time; the same command with --resume goes on from the last state in {state_dir}", file=sys.stderr)
+
+    sys.excepthook = on_crash
+
     where = args.device if processes == 1 else f"{processes} x {args.device}{', sharded' if args.fsdp else ''}"
     print(f"{args.loss}: {total_steps} steps of {args.batch_size} pairs on {where} in {args.dtype}, learning rate {args.learning_rate:g}, "
           f"beta {args.beta:g}" + (f", T {args.temperature:g}" if args.loss == "rdpo" else "") + (f", from step {first_step}" if first_step else ""))
