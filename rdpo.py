@@ -61,6 +61,7 @@ def rdpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_
 
 # --------------------------------------------------------------------------------------------- log-probabilities
 
+
 def sequence_logps(model, batch):
     """log pi(y|q) of every answer of a data.Batch: the SUM over its tokens, the end-of-turn token included.
 
@@ -99,7 +100,6 @@ def attention_mask(model, batch):
     place = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)  # (T,)
     segment, seen = batch.segments[:, :, None], batch.segments[:, None, :]  # of the token that looks, of the one looked at
     visible = (place[:, None] >= place) & ((seen == 0) | (seen == segment))  # (R, T, T); 0 is the prompt; the diagonal is True
-    distance = batch.position_ids[:, :, None] - batch.position_ids[:, None, :]  # (R, T, T)
 
     def additive(visible):  # SDPA would take the booleans themselves, but eager attention would add them, as 0 and 1
         mask = torch.zeros(visible.shape, dtype=compute_dtype(model), device=visible.device)
@@ -109,6 +109,7 @@ def attention_mask(model, batch):
     window = config.get("sliding_window")
     if window is None:
         return additive(visible)
+    distance = batch.position_ids[:, :, None] - batch.position_ids[:, None, :]  # (R, T, T)
     near = additive(visible & (distance < window))
     return {"full_attention": additive(visible), "sliding_attention": near} if config.get("layer_types") else near
 
@@ -157,10 +158,12 @@ class TokenLogps(torch.autograd.Function):
         if weight.requires_grad and weight.grad is None:
             weight.grad = torch.zeros_like(weight)
         for some, logits in logits_in_chunks(states, head, bias, ctx.scale, ctx.cap):
-            grad = (logits - log_totals[some, None]).exp_().mul_(-grad_logps[some, None])  # (n, V): -softmax
+            if ctx.cap:
+                slope = 1 - (logits / ctx.cap) ** 2  # of cap * tanh(x / cap)
+            grad = logits.sub_(log_totals[some, None]).exp_().mul_(-grad_logps[some, None])  # (n, V): -softmax, in the logits' place
             grad.scatter_add_(1, targets[some, None], grad_logps[some, None])  # + onehot
             if ctx.cap:
-                grad *= 1 - (logits / ctx.cap) ** 2  # the slope of cap * tanh(x / cap)
+                grad *= slope
             if ctx.scale != 1:
                 grad *= ctx.scale
             grad = grad.to(states.dtype)

@@ -256,7 +256,7 @@ def choose_layout(model, pairs, args, dtype, autocast):
             check_equal("log-probabilities", together, apart, tokens, dtype, "it does not keep to masks or positions that are given")
         except (BadInput, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             return False, f"this model cannot read a prompt once for both: {first_line(error)}"
-    return True, f"on {pair.where} its log-probabilities differ from those of separate rows by {(together - apart).abs().max():.0e}"
+    return True, f"on {pair.where} its log-probabilities differ from those of separate rows by {(together - apart).abs().max():.1g}"
 
 
 # ------------------------------------------------------------------------------------------------ saving and resuming
@@ -421,15 +421,10 @@ def main(argv=None):
         trained, every = (sum(weight.numel() for weight in weights) for weights in (trained_weights(model).values(), model.parameters()))
         print(f"LoRA: rank {args.lora_rank}, alpha {args.lora_alpha:g}, dropout {args.lora_dropout:g}: {trained:,} parameters are trained, "
               f"{100 * trained / every:.2f} % of {every:,}")
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for flag in ("gradient_checkpointing", "fsdp"):
-        if vars(args)[flag] and not layers:
-            raise BadInput(f"--{flag}: --model {args.model} has no layers that allow it; leave it out")
     if args.gradient_checkpointing:
-        for layer in layers:
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=args.lora_dropout > 0)
+        checkpoint_layers(model, args.lora_dropout)
     if args.fsdp:
-        shard(model, layers, device, dtype)
+        shard(model, decoder_layers(model, "--fsdp"), device, dtype)
     else:
         model.to(device)
     longest = max(map(longest_row, pairs + held_out))
@@ -625,6 +620,23 @@ def main(argv=None):
 def warn(text):
     if process()[0] == 0:
         print(f"warning: {text}", file=sys.stderr)
+
+
+def decoder_layers(model, flag):
+    """The blocks that a decoder stacks. BadInput names the flag that asks for them where transformers does not say which they are."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise BadInput(f"{flag}: this architecture has no layers that allow it; leave it out")
+    return layers
+
+
+def checkpoint_layers(model, dropout=0.0):
+    """Makes each layer keep only its input, and compute the rest again in the backward pass: a third more time, far less memory.
+
+    With dropout in its adapters it must drop the same again.
+    """
+    for layer in decoder_layers(model, "--gradient_checkpointing"):  # by hand, for transformers' own switch works in training mode only, which has dropout
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=dropout > 0)
 
 
 def sample_weights(model, dtype):

@@ -53,7 +53,7 @@ with tempfile.TemporaryDirectory() as folder:
     with open(os.path.join(out, "metrics.jsonl"), encoding="utf-8") as file:
         steps = [line for line in map(json.loads, file) if "loss" in line]
     job = {"model": args.model, "rows": [rows[i] for i in epoch_order(len(rows), 0, 0)], "learning_rates": [line["lr"] for line in steps],
-           "batch_size": args.batch_size, "beta": args.beta, "max_length": args.max_length}
+           "batch_size": args.batch_size, "beta": args.beta, "max_length": args.max_length, "config": {"gradient_checkpointing": False}}
     path = os.path.join(folder, "job.json")
     with open(path, "w", encoding="utf-8") as file:
         json.dump(job, file)
