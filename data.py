@@ -19,7 +19,9 @@ import json
 import math
 import os
 import re
+import signal
 import sys
+import time
 import tomllib
 from collections import Counter
 from dataclasses import dataclass, field
@@ -806,6 +808,9 @@ def run(main):
     try:
         main()
     except BadInput as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # one of torchrun's processes: the first one says it, unless it has no such error
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(10)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -2,9 +2,10 @@
 
     python train.py --data scored.jsonl --model DIR_OR_HUB_ID      a real student
     python train.py --data toy/scored.jsonl                        the toy student, in a minute on a laptop
+    torchrun --nproc_per_node=8 train.py [--fsdp] ...              on several GPUs
 
 Reads top to bottom: flags, setup, data, student and reference, optimizer, loop, the end. The loss and the log-probabilities
-are rdpo.py's, the tokens and batches data.py's. out_dir receives an ordinary Hugging Face model folder, metrics.jsonl (a
+are rdpo.py's, the tokens and batches data.py's, adapters lora.py's; what several processes have to agree on is parallel.py's. out_dir receives an ordinary Hugging Face model folder, metrics.jsonl (a
 line a step), args.json, curves.png where matplotlib is there, and state/ to resume from.
 """
 import argparse
@@ -21,15 +22,19 @@ import sys
 import time
 
 import torch
-from safetensors.torch import load_model as load_weights, save_model as save_weights
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data import (TOY_STUDENT, BadInput, batch_tokens, collate, epoch_order, first_line, load_pairs, load_tokenizer, longest_row, read_rows, run,
-                  send, split_by_tokens, split_held_out, write_whole)
+                  send, split_held_out, write_whole)
 from eval import draw_curves, generate, have_matplotlib, load_model, position_limit, side_by_side
-from rdpo import ReferenceCache, plain_sequence_logps, preference_probability, rdpo_loss, sequence_key, sequence_logps
+from lora import add_lora, merge, save_adapter, without_lora
+from parallel import (add_gradients, deal, from_process_0, gather, gathered_weights, largest, load_shards, policy_logps, process, save_shards, shard,
+                      start, wait_for_all, whole)
+from rdpo import ReferenceCache, plain_sequence_logps, preference_probability, rdpo_loss, sequence_key
 
 # ---------------------------------------------------------------------------------------------------------- flags
 
@@ -50,7 +55,7 @@ def parse_args(argv=None):
     parser.add_argument("--label_smoothing", type=float, default=0.0, help="tau = 1 - this (dpo): conservative DPO")
     parser.add_argument("--sft_weight", type=float, default=0.0, help="adds this times the negative log-likelihood a chosen token (rdpo, dpo)")
     # the optimizer
-    parser.add_argument("--learning_rate", type=float, help="default 5e-6, and 3e-4 for the toy student")
+    parser.add_argument("--learning_rate", type=float, help="default 5e-6, and 3e-4 for the toy student; ten times that with LoRA")
     parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps with a rising learning rate; then cosine to 0")
     parser.add_argument("--weight_decay", type=float, default=0.0)
     parser.add_argument("--max_grad_norm", type=float, default=1.0)
@@ -58,11 +63,17 @@ def parse_args(argv=None):
     parser.add_argument("--max_steps", type=int, help="ends sooner, or later, than --epochs would")
     parser.add_argument("--batch_size", type=int, default=16, help="pairs an optimizer step")
     parser.add_argument("--seed", type=int, default=0)
+    # adapters in place of all weights
+    parser.add_argument("--lora_rank", type=int, default=0, help="trains LoRA adapters of this rank, and no other weights (default 0: all weights)")
+    parser.add_argument("--lora_alpha", type=float, help="scales an adapter by alpha / rank (default: twice the rank)")
+    parser.add_argument("--lora_dropout", type=float, default=0.0, help="share of an adapter's inputs dropped in training")
+    parser.add_argument("--save_adapter", action="store_true", help="out_dir receives the adapter, in PEFT's format, not merged weights")
     # the machine: these change memory and speed only
     parser.add_argument("--tokens_per_batch", type=int, default=2048, help="most tokens, padding counted, in one forward pass")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="keep no activations within layers, compute them twice: less memory")
     parser.add_argument("--compile", action="store_true", help="fuse the model's operations with torch.compile")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="compute dtype; weights stay float32")
+    parser.add_argument("--fsdp", action="store_true", help="under torchrun: each process keeps a part of the weights, not all of them")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="compute dtype; trained weights stay float32")
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     parser.add_argument("--cache_dir", default="~/.cache/rdpo", help="where reference log-probabilities are kept for all runs")
     # what comes out
@@ -82,8 +93,16 @@ def parse_args(argv=None):
         raise BadInput(f"--label_smoothing goes with --loss dpo; for {args.loss} leave it out")
     if not 0 <= args.label_smoothing < 0.5:
         raise BadInput(f"--label_smoothing must be from 0 to below 0.5, not {args.label_smoothing}")
+    if args.lora_rank < 0 or not 0 <= args.lora_dropout < 1:
+        raise BadInput(f"--lora_rank must be 0 or above, not {args.lora_rank}, and --lora_dropout from 0 to below 1, not {args.lora_dropout}")
+    if not args.lora_rank and (args.lora_alpha is not None or args.lora_dropout or args.save_adapter):
+        raise BadInput("--lora_alpha, --lora_dropout and --save_adapter go with --lora_rank; give one, such as --lora_rank 16")
+    if args.lora_rank and args.lora_alpha is None:
+        args.lora_alpha = 2.0 * args.lora_rank
+    if args.fsdp and args.compile:
+        raise BadInput("--compile does not go with --fsdp; leave one of them out")
     if args.learning_rate is None:
-        args.learning_rate = 5e-6 if args.model else 3e-4
+        args.learning_rate = (5e-6 if args.model else 3e-4) * (10 if args.lora_rank else 1)
     return args
 
 
@@ -120,16 +139,29 @@ def total_loss(columns, pair_count, chosen_tokens, args):
 
 
 def forward(model, rows, indices, args, autocast):
-    """The policy on some pairs, given by index: their losses and what is logged of them, a dict of (B,) tensors."""
+    """The policy on some pairs, given by index: their losses and what is logged of them, a dict of (B,) tensors.
+
+    Without pairs it computes the first one and returns columns of length 0: joint passes go on while a process has run out of pairs, and
+    what that one adds to the gradients is 0.
+    """
+    count, indices = len(indices), indices or [0]
     columns = torch.stack([column[indices] for column in (rows.ref_chosen_logps, rows.ref_rejected_logps, rows.tau)])  # (3, B)
     ref_chosen_logps, ref_rejected_logps, tau = send(columns, model.device)
     with autocast():
-        logps = sequence_logps(model, collate([rows.pairs[i] for i in indices], rows.shared).to(model.device))  # (2B,)
+        logps = policy_logps(model, collate([rows.pairs[i] for i in indices], rows.shared).to(model.device))  # (2B,)
     policy_chosen_logps, policy_rejected_logps = logps.chunk(2)
     losses, chosen_rewards, rejected_rewards = rdpo_loss(
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, tau, args.beta)
-    return {"losses": losses, "logps/chosen": policy_chosen_logps, "logps/rejected": policy_rejected_logps,
-            "rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards, "tau/mean": tau}
+    columns = {"losses": losses, "logps/chosen": policy_chosen_logps, "logps/rejected": policy_rejected_logps,
+               "rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards, "tau/mean": tau}
+    return {name: column[:count] for name, column in columns.items()}
+
+
+def of_all_processes(parts, shares):
+    """(parts, indices): the columns of all processes' micro-batches, dealt out as shares, and the pairs in the same order."""
+    table = torch.cat([torch.stack(list(part.values())) for part in parts], dim=1)  # (names, pairs of this process)
+    table = gather(table, [sum(map(len, share)) for share in shares])  # (names, pairs)
+    return [dict(zip(parts[0], table))], [i for share in shares for batch in share for i in batch]
 
 
 def summary(parts, rows, indices, args):
@@ -151,30 +183,36 @@ def summary(parts, rows, indices, args):
 @torch.no_grad()
 def evaluate(model, rows, args, autocast):
     """The metrics of held-out rows, each name behind eval/."""
-    batches = split_by_tokens(rows.pairs, range(len(rows.pairs)), args.tokens_per_batch, rows.shared)
-    parts = [forward(model, rows, batch, args, autocast) for batch in batches]
-    return {f"eval/{name}": value for name, value in summary(parts, rows, sum(batches, []), args).items()}
+    shares = deal(rows.pairs, range(len(rows.pairs)), args.tokens_per_batch, rows.shared)
+    parts = [forward(model, rows, batch, args, autocast) for batch in shares[process()[0]]]
+    parts, indices = of_all_processes(parts, shares)
+    return {f"eval/{name}": value for name, value in summary(parts, rows, indices, args).items()}
 
 
 def with_reference(pairs, args, model, cache, autocast, shared):
     """Rows of the pairs, and how many of them the cache did not know: those are computed and kept."""
     keys = [(sequence_key(pair.prompt_ids, pair.chosen_ids), sequence_key(pair.prompt_ids, pair.rejected_ids)) for pair in pairs]
+    number, _ = process()
+    cache.logps = from_process_0(cache.logps)  # all agree on what is missing, whatever other runs write meanwhile
     missing = [i for i, both in enumerate(keys) if not set(both) <= cache.logps.keys()]
+    rounds = list(zip(*deal(pairs, missing, args.tokens_per_batch, shared)))  # of each round, the micro-batch of every process
     last_save = time.monotonic()
     try:
-        with tqdm(total=len(missing), desc="reference", unit="pair", disable=None, leave=False) as progress:
-            for batch in reversed(split_by_tokens(pairs, missing, args.tokens_per_batch, shared)):  # the longest first: memory runs out now or never
+        with tqdm(total=len(missing), desc="reference", unit="pair", disable=number > 0 or None, leave=False) as progress:
+            for batches in reversed(rounds):  # the longest first: memory runs out now or never
+                mine = batches[number]
                 with torch.no_grad(), autocast():
-                    logps = sequence_logps(model, collate([pairs[i] for i in batch], shared).to(model.device)).view(2, -1).T.cpu()  # (B, 2)
-                for i, both in zip(batch, logps):
+                    logps = policy_logps(model, collate([pairs[i] for i in mine or missing[:1]], shared).to(model.device)).view(2, -1)  # (2, B)
+                logps = gather(logps[:, :len(mine)], [len(batch) for batch in batches]).T.cpu()  # (pairs of the round, 2)
+                for i, both in zip(sum(batches, []), logps):
                     check_finite(both, pairs[i])
                     cache.logps |= zip(keys[i], both.tolist())
-                if time.monotonic() - last_save > 60:
+                if number == 0 and time.monotonic() - last_save > 60:
                     cache.save()
                     last_save = time.monotonic()
-                progress.update(len(batch))
+                progress.update(len(logps))
     finally:  # stopped half-way: what was computed is kept
-        if missing and cache.logps:
+        if number == 0 and missing and cache.logps:
             cache.save()
     logps = torch.tensor([[cache.logps[key] for key in both] for both in keys])  # (P, 2)
     gaps = torch.tensor([math.nan if None in (pair.score_chosen, pair.score_rejected) else pair.score_chosen - pair.score_rejected
@@ -210,11 +248,11 @@ def choose_layout(model, pairs, args, dtype, autocast):
     with autocast(), torch.no_grad():
         own = plain_sequence_logps(model, [pair]).cpu()
         check_finite(own, pair)
-        apart = sequence_logps(model, collate([pair]).to(model.device)).cpu()
+        apart = policy_logps(model, collate([pair]).to(model.device)).cpu()
         check_equal(f"--model {args.model}: log-probabilities from its hidden states and from its own logits", apart, own, tokens, dtype,
                     "an architecture that changes its logits after the output head in a way of its own is not supported")
         try:
-            together = sequence_logps(model, collate([pair], shared=True).to(model.device)).cpu()
+            together = policy_logps(model, collate([pair], shared=True).to(model.device)).cpu()
             check_equal("log-probabilities", together, apart, tokens, dtype, "it does not keep to masks or positions that are given")
         except (BadInput, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             return False, f"this model cannot read a prompt once for both: {first_line(error)}"
@@ -224,34 +262,55 @@ def choose_layout(model, pairs, args, dtype, autocast):
 # ------------------------------------------------------------------------------------------------ saving and resuming
 
 
-def save_state(folder, step, model, optimizer, scaler, fingerprint):
-    """Everything that a resumed run needs, in folder/step-N: written under another name, then renamed; older ones go."""
-    name = f"step-{step:08d}"
+def save_state(folder, step, model, optimizer, scaler, args, fingerprint):
+    """Everything that a resumed run needs, in folder/step-N: written under another name, then renamed; older ones go.
+
+    One process writes the trained weights and moments; under FSDP each writes its own shards.
+    """
+    name, (number, _) = f"step-{step:08d}", process()
     temporary = os.path.join(folder, f"{name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    os.makedirs(temporary)
-    save_weights(model, os.path.join(temporary, "model.safetensors"))
-    torch.save({"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
-                "data": fingerprint}, os.path.join(temporary, "training.pt"))
-    os.rename(temporary, os.path.join(folder, name))
-    for other in os.listdir(folder):
-        if other != name:
-            shutil.rmtree(os.path.join(folder, other))
+    state = {"step": step, "scaler": scaler.state_dict(), "data": fingerprint}
+    if number == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(temporary)
+    if args.fsdp:
+        wait_for_all()
+        save_shards(temporary, model, optimizer)
+    elif number == 0:
+        save_file(trained_weights(model), os.path.join(temporary, "model.safetensors"))
+        state["optimizer"] = optimizer.state_dict()
+    if number == 0:
+        torch.save(state, os.path.join(temporary, "training.pt"))
+        os.rename(temporary, os.path.join(folder, name))
+        for other in os.listdir(folder):
+            if other != name:
+                shutil.rmtree(os.path.join(folder, other))
+    wait_for_all()
 
 
-def load_state(folder, model, optimizer, scaler, fingerprint):
+def load_state(folder, model, optimizer, scaler, args, fingerprint):
     """Loads the newest whole state in a folder and returns its step, 0 where there is none."""
     names = sorted(name for name in os.listdir(folder) if not name.endswith(".tmp")) if os.path.isdir(folder) else []
     if not names:
         return 0
-    state = torch.load(os.path.join(folder, names[-1], "training.pt"), weights_only=True)
+    newest = os.path.join(folder, names[-1])
+    state = torch.load(os.path.join(newest, "training.pt"), weights_only=True)
     if state["data"] != fingerprint:
         raise BadInput(f"{folder}: the saved run trained on other rows or targets; give the same --data, or another --out_dir")
-    load_weights(model, os.path.join(folder, names[-1], "model.safetensors"))
-    optimizer.load_state_dict(state["optimizer"])
+    if args.fsdp:
+        load_shards(newest, model, optimizer)
+    else:
+        saved = load_file(os.path.join(newest, "model.safetensors"))
+        for name, weight in trained_weights(model).items():
+            weight.copy_(saved[name])
+        optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["rng"])
     return state["step"]
+
+
+def trained_weights(model):
+    """{name: tensor} of the weights that training changes, tied ones once."""
+    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def check_out_dir(args):
@@ -281,7 +340,7 @@ def begin_out_dir(args):
     if args.overwrite:
         shutil.rmtree(os.path.join(args.out_dir, "state"), ignore_errors=True)
         for name in os.listdir(args.out_dir):
-            if name in ("metrics.jsonl", "curves.png") or name.endswith(".safetensors"):
+            if name in ("metrics.jsonl", "curves.png", "config.json", "adapter_config.json") or name.endswith(".safetensors"):
                 os.remove(os.path.join(args.out_dir, name))
     write_whole(os.path.join(args.out_dir, "args.json"), json.dumps(vars(args) | {"torch": torch.__version__}, indent=1))
 
@@ -304,7 +363,7 @@ def main(argv=None):
     sys.stdout.reconfigure(line_buffering=True)  # whoever follows a log file sees each line at once
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until the loop takes over: leave through every `finally`
 
-    # Setup: the device, and autocast to a 16-bit compute dtype where that is fast. The weights themselves stay float32.
+    # Setup: the device, and autocast to a 16-bit compute dtype where that is fast; the other processes, where torchrun started several.
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if not {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}[args.device]:
@@ -313,7 +372,10 @@ def main(argv=None):
         args.dtype = "float32" if args.device != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
     if args.dtype == "float16" and args.device != "cuda":
         raise BadInput(f"--dtype float16 needs --device cuda, not {args.device}; take float32 or bfloat16")
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    device, dtype = start(args.device), getattr(torch, args.dtype)
+    number, processes = process()
+    if args.fsdp and (not dist.is_initialized() or args.dtype == "float16"):
+        raise BadInput("--fsdp needs torchrun, such as torchrun --nproc_per_node=8 train.py --fsdp, and a compute dtype other than float16")
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     torch.manual_seed(args.seed)
     toy = args.model is None
@@ -344,12 +406,27 @@ def main(argv=None):
         warn("every pair's scores tie: tau is 1/2 throughout and rdpo only holds the student where it is")
     check_out_dir(args)
 
-    # Student: loaded in its own dtype, which is also the one it is saved in, then trained in float32.
-    model = load_model(args.model or TOY_STUDENT, dtype="auto")
+    # Student: loaded in its own dtype, which is also the one it is saved in. All weights are trained in float32; or, beside adapters,
+    # they are frozen in the compute dtype.
+    model = load_model(args.model or TOY_STUDENT, dtype="auto")  # it stays in eval mode: dropout would blur the log-ratios
     own_dtype = model.dtype
-    model.float().to(device)  # it stays in eval mode: dropout would blur the log-ratios
+    if args.lora_rank:
+        model.to(dtype)
+    elif not args.fsdp:
+        model.float()
+    weights_before = sample_weights(model, own_dtype)
+    cache = ReferenceCache(os.path.expanduser(args.cache_dir), model, args.dtype + (" sharded" if args.fsdp else ""))
+    if args.lora_rank:
+        add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout)
+        trained, every = (sum(weight.numel() for weight in weights) for weights in (trained_weights(model).values(), model.parameters()))
+        print(f"LoRA: rank {args.lora_rank}, alpha {args.lora_alpha:g}, dropout {args.lora_dropout:g}: {trained:,} parameters are trained, "
+              f"{100 * trained / every:.2f} % of {every:,}")
     if args.gradient_checkpointing:
-        checkpoint_layers(model)
+        checkpoint_layers(model, args.lora_dropout)
+    if args.fsdp:
+        shard(model, decoder_layers(model, "--fsdp"), device, dtype)
+    else:
+        model.to(device)
     longest = max(map(longest_row, pairs + held_out))
     limit = position_limit(model)
     if longest > limit:
@@ -358,27 +435,29 @@ def main(argv=None):
     print(f"layout: {'each prompt once, with both answers' if shared else 'one answer a row'} ({why})")
 
     # Reference: the student before its first step. Its log-probabilities come from the cache, or are computed into it.
-    cache, reference_began = ReferenceCache(os.path.expanduser(args.cache_dir), model, args.dtype), time.monotonic()
-    rows, computed = with_reference(pairs, args, model, cache, autocast, shared)
-    held_out_rows, computed_too = with_reference(held_out, args, model, cache, autocast, shared)
+    # With LoRA it is the model without its adapters, and there is no second copy either.
+    reference_began = time.monotonic()
+    with without_lora(model):
+        rows, computed = with_reference(pairs, args, model, cache, autocast, shared)
+        held_out_rows, computed_too = with_reference(held_out, args, model, cache, autocast, shared)
     print(f"{len(pairs)} pairs to train on, {len(held_out)} held out; reference log-probabilities: {computed + computed_too} pairs "
           f"computed in {time.monotonic() - reference_began:.1f} s, the others from {args.cache_dir}")
 
-    # What the reference writes, and a sample of its weights, to compare with at the end.
+    # What the reference writes, to compare with at the end. One process asks it; all do where each has a part of its weights.
     if toy:
         toy_rows = [row for _, row in read_rows(os.path.join(os.path.dirname(TOY_STUDENT), "held_out.jsonl"))]
         prompts, shown = [row["prompt"] for row in toy_rows], slice(4, 7)  # a harmful, a harmless and a role-play request
     else:
         prompts = list({tuple(pair.prompt_ids): pair.prompt for pair in held_out}.values())[:3]
         shown = slice(0, 3)
-    with autocast():
-        answers_before = [answer.text for answer in generate(model, tokenizer, prompts, args.max_new_tokens)]
-    weights_before = sample_weights(model, own_dtype)
+    if number == 0 or args.fsdp:
+        with autocast():
+            answers_before = [answer.text for answer in generate(model, tokenizer, prompts, args.max_new_tokens)]
     if args.compile:  # for any number of rows and tokens, so that it is compiled a few times and not for every batch
         model.base_model.compile(dynamic=True)
 
-    # Optimizer: AdamW on float32 weights; a gradient scaler only under float16; learning rate up, then down a cosine.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    # Optimizer: AdamW on the trained float32 weights; a gradient scaler only under float16; learning rate up, then down a cosine.
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     steps_per_epoch = math.ceil(len(pairs) / args.batch_size)
     total_steps = args.max_steps or args.epochs * steps_per_epoch
@@ -393,25 +472,39 @@ def main(argv=None):
     # Resume: the model is loaded over, the data order follows from the step.
     fingerprint = hashlib.sha256(repr([(p.prompt_ids, p.chosen_ids, p.rejected_ids) for p in pairs] + rows.tau.tolist()).encode()).hexdigest()
     state_dir, metrics_path = os.path.join(args.out_dir, "state"), os.path.join(args.out_dir, "metrics.jsonl")
-    begin_out_dir(args)
-    first_step = load_state(state_dir, model, optimizer, scaler, fingerprint) if args.resume else 0
-    keep_metrics_until(metrics_path, first_step)
-    metrics_file = open(metrics_path, "a", encoding="utf-8", buffering=1)  # a whole line at a time
+    wait_for_all()  # all have looked at out_dir before it changes
+    if number == 0:
+        begin_out_dir(args)
+    wait_for_all()
+    first_step = load_state(state_dir, model, optimizer, scaler, args, fingerprint) if args.resume else 0
+    if number == 0:
+        keep_metrics_until(metrics_path, first_step)
+    metrics_file = open(metrics_path if number == 0 else os.devnull, "a", encoding="utf-8", buffering=1)  # a whole line at a time
 
     def log(metrics):
         metrics_file.write(json.dumps(metrics) + "\n")
 
-    # From here on Ctrl-C and SIGTERM wait for the end of the step, which saves; a second one ends it at once.
+    # From here on Ctrl-C and SIGTERM wait for the end of the step, which saves; a second one ends it at once. (Not with several
+    # processes: there a terminal and torchrun both send it, and torchrun ends by force what has not stopped after 30 s.)
     signals = []
 
-    def on_signal(number, _):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
+    def on_signal(which, _):
+        signals.append(which)
+        if processes == 1:
+            signal.signal(which, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    for which in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(which, on_signal)
 
-    print(f"{args.loss}: {total_steps} steps of {args.batch_size} pairs on {args.device} in {args.dtype}, learning rate {args.learning_rate:g}, "
+    # What ends a run before its time, a full disk or another process's death, says how to go on.
+    def on_crash(kind, error, trace):
+        sys.__excepthook__(kind, error, trace)
+        print(f"the run ended before its time; the same command with --resume goes on from the last state in {state_dir}", file=sys.stderr)
+
+    sys.excepthook = on_crash
+
+    where = args.device if processes == 1 else f"{processes} x {args.device}{', sharded' if args.fsdp else ''}"
+    print(f"{args.loss}: {total_steps} steps of {args.batch_size} pairs on {where} in {args.dtype}, learning rate {args.learning_rate:g}, "
           f"beta {args.beta:g}" + (f", T {args.temperature:g}" if args.loss == "rdpo" else "") + (f", from step {first_step}" if first_step else ""))
     print(f"ready after {time.monotonic() - began:.1f} s\n\n{TABLE_HEAD}")
     if first_step == 0:
@@ -422,7 +515,7 @@ def main(argv=None):
     little = 0.1 * sum(len(pair.chosen_ids) for pair in held_out) / len(held_out)  # 0.1 nat a token
 
     # The loop.
-    progress = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", disable=None, leave=False)
+    progress = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", disable=number > 0 or None, leave=False)
     for step in range(first_step, total_steps):
         step_began = time.monotonic()
         epoch, place = divmod(step, steps_per_epoch)
@@ -431,13 +524,19 @@ def main(argv=None):
         indices = order[place * args.batch_size:(place + 1) * args.batch_size]
         chosen_tokens = sum(len(pairs[i].chosen_ids) for i in indices)
 
-        # Forward and backward, a micro-batch at a time; each is weighted by what the whole step holds.
-        batches, parts = split_by_tokens(pairs, indices, args.tokens_per_batch, shared), []
-        for batch in batches:
+        # Forward and backward, a micro-batch at a time; each is weighted by what the whole step holds, on whichever process it lies.
+        if args.lora_dropout:  # what is dropped follows from the step, so that a resumed run drops the same
+            torch.manual_seed(hash((args.seed, step, number)))
+        shares, parts = deal(pairs, indices, args.tokens_per_batch, shared), []
+        for batch in shares[number]:
             columns = forward(model, rows, batch, args, autocast)
-            scaler.scale(total_loss(columns, len(indices), chosen_tokens, args)).backward()
+            loss = total_loss(columns, len(indices), chosen_tokens, args)
+            if args.fsdp:  # which averages gradients over processes where they are to be added
+                loss = loss * processes
+            scaler.scale(loss).backward()
             parts.append({name: column.detach() for name, column in columns.items()})
-        indices = sum(batches, [])  # the same pairs, in the order of the micro-batches
+        add_gradients(model)
+        parts, indices = of_all_processes(parts, shares)  # the same pairs, in the order of the micro-batches
 
         # Step-0 gate: nothing has been learned yet, so the policy must equal the cached reference, and the loss ln 2.
         if step == 0:
@@ -450,7 +549,7 @@ def main(argv=None):
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         metrics = summary(parts, rows, indices, args)  # here, once a step, the CPU waits for the GPU
-        grad_norm = grad_norm.item()
+        grad_norm = whole(grad_norm).item()
         if not math.isfinite(metrics["loss"]) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
             losses = torch.cat([part["losses"] for part in parts]).tolist()
             names = [pairs[i].where for i, loss in zip(indices, losses) if not math.isfinite(loss)] or [pairs[i].where for i in indices]
@@ -480,41 +579,64 @@ def main(argv=None):
                 warn("the chosen answers grow ever less likely, three evaluations in a row; "
                      "try a lower --learning_rate, a higher --beta, or --sft_weight 0.1")
                 warned = True
-        if done % args.save_every == 0 or done == total_steps or signals:
-            save_state(state_dir, done, model, optimizer, scaler, fingerprint)
-        if signals:
+        stop = largest(signals[0] if signals else 0)  # a signal to one process stops all of them, after the same step
+        if done % args.save_every == 0 or done == total_steps or stop:
+            save_state(state_dir, done, model, optimizer, scaler, args, fingerprint)
+        if stop:
             progress.close()
             print(f"stopped after step {done}, saved; the same command with --resume goes on")
-            sys.exit(128 + signals[0])
+            sys.exit(128 + stop)
     progress.close()
 
-    # The end: save what transformers, vLLM or llama.cpp can load, and show what changed.
-    model.to(own_dtype)
-    save_model_folder(model, tokenizer, args.out_dir)
+    # The end: save what transformers, vLLM or llama.cpp can load, and show what changed. What lies in shards is gathered into a student
+    # that one process has loaded anew, but answers while it is still sharded.
+    if args.fsdp:
+        with autocast():
+            answers_after = [answer.text for answer in generate(model, tokenizer, prompts, args.max_new_tokens)]
+        weights = gathered_weights(model)
+        if number == 0:
+            model = load_model(args.model or TOY_STUDENT, dtype="auto")
+            if args.lora_rank:
+                add_lora(model.to(dtype), args.lora_rank, args.lora_alpha, args.lora_dropout)
+            model.load_state_dict(weights, strict=False)
+    if number > 0:
+        return wait_for_all()
+    save_model_folder(model, own_dtype, tokenizer, args)
     if have_matplotlib():
         draw_curves([args.out_dir], os.path.join(args.out_dir, "curves.png"))
     changed = torch.cat([after != before for after, before in zip(sample_weights(model, own_dtype), weights_before)])
-    with torch.compiler.set_stance("force_eager"):  # --compile has seen whole rows only
-        answers_after = [answer.text for answer in generate(model, tokenizer, prompts, args.max_new_tokens)]
+    if not args.fsdp:
+        with torch.compiler.set_stance("force_eager"):  # --compile has seen whole rows only
+            answers_after = [answer.text for answer in generate(model, tokenizer, prompts, args.max_new_tokens)]
     print("\n" + side_by_side(prompts[shown], {"reference": answers_before[shown], "student": answers_after[shown]}))
     if toy:
         from toy import world  # in the toy world what is right can be computed exactly
         print(rates_table(world.rates(toy_rows, answers_before), world.rates(toy_rows, answers_after), len(toy_rows)))
     print(f"weights changed: {100 * changed.float().mean():.1f} % (of {len(changed)} sampled, as saved, in {str(own_dtype).removeprefix('torch.')})")
-    print(f"student saved in {args.out_dir} after {time.monotonic() - began:.0f} s")
+    print(f"{'adapter' if args.save_adapter else 'student'} saved in {args.out_dir} after {time.monotonic() - began:.0f} s")
+    wait_for_all()
 
 
 def warn(text):
-    print(f"warning: {text}", file=sys.stderr)
+    if process()[0] == 0:
+        print(f"warning: {text}", file=sys.stderr)
 
 
-def checkpoint_layers(model):
-    """Makes each layer keep only its input, and compute the rest again in the backward pass: a third more time, far less memory."""
+def decoder_layers(model, flag):
+    """The blocks that a decoder stacks. BadInput names the flag that asks for them where transformers does not say which they are."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise BadInput("--gradient_checkpointing: this architecture has no layers that allow it; leave it out")
-    for layer in layers:  # by hand, for transformers' own switch works in training mode only, which has dropout
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        raise BadInput(f"{flag}: this architecture has no layers that allow it; leave it out")
+    return layers
+
+
+def checkpoint_layers(model, dropout=0.0):
+    """Makes each layer keep only its input, and compute the rest again in the backward pass: a third more time, far less memory.
+
+    With dropout in its adapters it must drop the same again.
+    """
+    for layer in decoder_layers(model, "--gradient_checkpointing"):  # by hand, for transformers' own switch works in training mode only, which has dropout
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=dropout > 0)
 
 
 def sample_weights(model, dtype):
@@ -529,13 +651,22 @@ def peak_memory_mib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def save_model_folder(model, tokenizer, out_dir):
-    """Saves an ordinary Hugging Face folder, each file whole: written aside, then moved into place."""
-    aside = os.path.join(out_dir, "saving.tmp")
-    model.save_pretrained(aside)
+def save_model_folder(model, dtype, tokenizer, args):
+    """Saves an ordinary Hugging Face folder (or an adapter's), each file whole: written aside, then moved into place.
+
+    Adapters are merged into the model, which ends in dtype.
+    """
+    aside = os.path.join(args.out_dir, "saving.tmp")
+    os.makedirs(aside, exist_ok=True)
+    if args.save_adapter:
+        save_adapter(model, aside, args.model or TOY_STUDENT)
+    merge(model)
+    model.to(dtype)
+    if not args.save_adapter:
+        model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     for name in os.listdir(aside):
-        os.replace(os.path.join(aside, name), os.path.join(out_dir, name))
+        os.replace(os.path.join(aside, name), os.path.join(args.out_dir, name))
     os.rmdir(aside)
 
 

@@ -124,7 +124,7 @@ def test_reference_pass_that_is_stopped_keeps_what_it_computed(tmp_path, monkeyp
             raise KeyboardInterrupt
         return rdpo.sequence_logps(*call)
 
-    monkeypatch.setattr(train, "sequence_logps", stopped)
+    monkeypatch.setattr(train, "policy_logps", stopped)
     with pytest.raises(KeyboardInterrupt):
         rows_of(model, pairs, args, tmp_path)
     monkeypatch.undo()
