@@ -329,7 +329,7 @@ def test_scored_pairs_give_the_numbers_of_train(run_eval, run_stage, student, ba
     pairs, _ = data.load_pairs(path, toy_tokenizer, 1024, needs_scores=True)
     reference = evaluation.pair_logps(base, pairs)
     gaps = torch.tensor([pair.score_chosen - pair.score_rejected for pair in pairs])
-    rows = train.Rows(pairs, reference[:, 0], reference[:, 1], torch.sigmoid(gaps), gaps)
+    rows = train.Rows(pairs, False, reference[:, 0], reference[:, 1], torch.sigmoid(gaps), gaps)
     metrics = train.evaluate(evaluation.load_model(student), rows, args, lambda: torch.autocast("cpu", enabled=False))
     for name, value in (("chosen first %", 100 * metrics["eval/rewards/accuracies"]), ("agrees with scores %", 100 * metrics["eval/rewards/score_agreement"]),
                         ("log-ratio margin", metrics["eval/rewards/margins"] / 0.1), ("logp chosen", metrics["eval/logps/chosen"]),
