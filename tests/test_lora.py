@@ -16,7 +16,7 @@ from rdpo import sequence_logps
 
 MORE = {
     "gemma": lambda: GemmaForCausalLM(GemmaConfig(vocab_size=97, num_key_value_heads=2, head_dim=8, **SMALL)),
-    "phi3_fused_qkv": lambda: Phi3ForCausalLM(Phi3Config(vocab_size=97, num_key_value_heads=2, pad_token_id=0, **SMALL)),
+    "phi3_fused_qkv": lambda: Phi3ForCausalLM(Phi3Config(vocab_size=97, num_key_value_heads=2, **SMALL)),
 }
 NAMES = [name for name in ARCHITECTURES if name != "gpt2"] + list(MORE)
 
