@@ -2,6 +2,8 @@
 
     python bench/step_profile.py [--model DIR] [--batch_size 4] [--tokens_per_batch 2048] [--gradient_checkpointing]
 
+(Not called profile.py: beside the other benches that would hide the module of the standard library that PyTorch imports.)
+
 Random ids of the lengths asked for; float32 on a CPU, bfloat16 autocast on CUDA. The FLOPs counted are those the layout needs: each prompt
 once, the output head for response tokens only, attention for the pairs of tokens that see each other; 2 a multiply-add forward, 4 backward.
 """
