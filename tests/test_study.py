@@ -97,6 +97,7 @@ def test_finished_runs_are_not_run_again(tmp_path):
 
 
 def test_rdpo_withstands_a_teacher_that_misleads_dpo_and_a_wrong_sign_does_not(folder, monkeypatch):
+    monkeypatch.setattr(train, "have_matplotlib", train.have_matplotlib)  # which a run of the study changes: it is put back afterwards
     jobs = {method: study.Run(method, study.SYSTEMATIC, 8e-4, 0, "test") for method in ("DPO", "rDPO")}
     results = {method: study.train_and_measure(job, str(folder)) for method, job in jobs.items()}
     right = lambda result: result["rDPO"]["score"] - result["DPO"]["score"] > 0.3 and result["rDPO"]["ranked"] - result["DPO"]["ranked"] > 0.05

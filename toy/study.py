@@ -1,6 +1,6 @@
 """The study: does the reward model's score make training robust to a teacher that fails? Seven methods in the toy world.
 
-    python toy/study.py --quick        DPO beside rDPO, two worlds, three seeds: under two minutes on two cores
+    python toy/study.py --quick        DPO beside rDPO, two worlds, three seeds: two minutes on two cores
     python toy/study.py                everything: assets/noise.png, assets/kl.png and toy/RESULTS.md
 
 A teacher that never fails turns a bad answer into a good one. One that fails leaves it as bad as it was, or turns a good answer into
