@@ -93,7 +93,7 @@ def test_finished_runs_are_not_run_again(tmp_path):
     path = tmp_path / "runs.jsonl"
     jobs = [study.Run("DPO", study.World(), 1e-4, seed, "test") for seed in (0, 1)]
     finished = {json.dumps(dataclasses.asdict(job)): {"score": 3.0} for job in jobs}
-    assert study.finish(jobs, finished, path, None, str(tmp_path), 1) == {job: {"score": 3.0} for job in jobs}  # None cannot be called
+    assert study.finish(jobs, finished, path, None, str(tmp_path), None) == {job: {"score": 3.0} for job in jobs}  # None cannot be called
 
 
 def test_rdpo_withstands_a_teacher_that_misleads_dpo_and_a_wrong_sign_does_not(folder, monkeypatch):

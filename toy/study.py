@@ -211,10 +211,10 @@ def untrained(seed):
     return {name: judge(rows, [answer.text for answer in texts]) for name, texts in (("base", answers), ("SR", rewrites))}
 
 
-def finish(jobs, finished, path, work, out_dir, workers):
-    """Runs the jobs that are not among the finished, `workers` at a time; each result is appended to the file at once."""
+def finish(jobs, finished, path, work, out_dir, pool):
+    """Has the pool run the jobs that are not among the finished; each result is appended to the file at once."""
     waiting = [job for job in dict.fromkeys(jobs) if json.dumps(asdict(job)) not in finished]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool, open(path, "a", encoding="utf-8") as file:
+    with open(path, "a", encoding="utf-8") as file:
         futures = {pool.submit(work, job, out_dir): job for job in waiting}
         for future in tqdm(as_completed(futures), total=len(futures), desc="runs", unit="run", disable=None, leave=False):
             name = json.dumps(asdict(futures[future]))
@@ -388,30 +388,30 @@ def main():
             draft.result()
         baselines = list(baselines)
 
-    if args.quick:
-        worlds = [RANDOM[0], SYSTEMATIC]
-        jobs = [Run(method, conditions, QUICK_RATE, seed, "test") for method in ("DPO", "rDPO") for conditions in worlds for seed in seeds]
-        results = Results(finish(jobs, finished, path, train_and_measure, args.out_dir, args.workers), baselines)
-        print("score of sampled answers to unseen prompts, 0 to 5, by the share of failing rewrites (95 % intervals over 3 seeds)\n")
-        print(table_of(results, "score", ["DPO", "rDPO"], worlds))
-        print("test pairs ranked rightly\n\n" + table_of(results, "ranked", ["DPO", "rDPO"], worlds))
-        print(f"{machine()}; {time.monotonic() - began:.0f} s")
-        return
+        if args.quick:
+            worlds = [RANDOM[0], SYSTEMATIC]
+            jobs = [Run(method, conditions, QUICK_RATE, seed, "test") for method in ("DPO", "rDPO") for conditions in worlds for seed in seeds]
+            results = Results(finish(jobs, finished, path, train_and_measure, args.out_dir, pool), baselines)
+            print("score of sampled answers to unseen prompts, 0 to 5, by the share of failing rewrites (95 % intervals over 3 seeds)\n")
+            print(table_of(results, "score", ["DPO", "rDPO"], worlds))
+            print("test pairs ranked rightly\n\n" + table_of(results, "ranked", ["DPO", "rDPO"], worlds))
+            print(f"{machine()}; {time.monotonic() - began:.0f} s")
+            return
 
-    tuning_jobs = [Run(method, conditions, rate, TUNING_SEED, "validation") for method in COMPARED for conditions in TUNED for rate in LEARNING_RATES]
-    tuning = finish(tuning_jobs, finished, path, train_and_measure, args.out_dir, args.workers)
-    rates = best_rates(tuning)
-    wanted = [(method, conditions) for method in COMPARED for conditions in (*RANDOM, SYSTEMATIC)]
-    wanted += [(method, conditions) for method in METHODS if method not in COMPARED for conditions in TUNED]
-    wanted += [(method, conditions) for method in ("rDPO", "dSC") for conditions in SCORERS]
-    jobs = [Run(method, conditions, rates[method.split(",")[0], tuned_at(conditions)], seed, "test") for method, conditions in wanted for seed in seeds]
-    results = Results(finish(jobs, finished, path, train_and_measure, args.out_dir, args.workers), baselines)
-    os.makedirs(os.path.join(ROOT, "assets"), exist_ok=True)
-    draw_noise(results, os.path.join(ROOT, "assets", "noise.png"))
-    draw_kl(tuning, os.path.join(ROOT, "assets", "kl.png"))
-    text = report(results, tuning, rates, seeds)
-    write_whole(os.path.join(ROOT, "toy", "RESULTS.md"), text)
-    print(text)
+        tuning_jobs = [Run(method, conditions, rate, TUNING_SEED, "validation") for method in COMPARED for conditions in TUNED for rate in LEARNING_RATES]
+        tuning = finish(tuning_jobs, finished, path, train_and_measure, args.out_dir, pool)
+        rates = best_rates(tuning)
+        wanted = [(method, conditions) for method in COMPARED for conditions in (*RANDOM, SYSTEMATIC)]
+        wanted += [(method, conditions) for method in METHODS if method not in COMPARED for conditions in TUNED]
+        wanted += [(method, conditions) for method in ("rDPO", "dSC") for conditions in SCORERS]
+        jobs = [Run(method, conditions, rates[method.split(",")[0], tuned_at(conditions)], seed, "test") for method, conditions in wanted for seed in seeds]
+        results = Results(finish(jobs, finished, path, train_and_measure, args.out_dir, pool), baselines)
+        os.makedirs(os.path.join(ROOT, "assets"), exist_ok=True)
+        draw_noise(results, os.path.join(ROOT, "assets", "noise.png"))
+        draw_kl(tuning, os.path.join(ROOT, "assets", "kl.png"))
+        text = report(results, tuning, rates, seeds)
+        write_whole(os.path.join(ROOT, "toy", "RESULTS.md"), text)
+        print(text)
 
 
 if __name__ == "__main__":
