@@ -10,7 +10,6 @@ and every operation reports what it allocates and frees. Not in here: what CUDA 
 what the allocator loses between blocks. Leave a tenth.
 """
 import argparse
-import functools
 import os
 import subprocess
 import sys
@@ -20,7 +19,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -28,6 +26,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import rdpo  # noqa: E402
 from data import Pair, batch_tokens, collate, run  # noqa: E402
 from lora import add_lora  # noqa: E402
+from train import checkpoint_layers  # noqa: E402
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied embeddings; biases and the like are left out
     "smollm2-135m": (576, 1536, 30, 9, 3, 49152, True),
@@ -77,9 +76,8 @@ def build(args):
                                              attn_implementation="sdpa").eval()
     if args.lora_rank:
         add_lora(model, args.lora_rank, 2 * args.lora_rank)
-    if args.gradient_checkpointing:  # as in train.py
-        for layer in model.base_model.layers:
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    if args.gradient_checkpointing:
+        checkpoint_layers(model)
     pair = Pair("", "", [1] * args.prompt_length, [1] * args.answer_length, [1] * args.answer_length, None, None)
     return model, collate([pair] * max(1, args.tokens_per_batch // batch_tokens(pair, shared=True)), shared=True)
 
