@@ -97,12 +97,18 @@ def gather(table, counts):
 # --------------------------------------------------------------------------------------------------------- weights
 
 
-def add_gradients(model):
-    """Data parallel: every process gets the sum of the processes' gradients. (FSDP has done so in its backward pass.)"""
-    if dist.is_initialized() and not isinstance(model, FSDPModule):
-        for weight in model.parameters():
-            if weight.grad is not None:
-                dist.all_reduce(weight.grad)
+def joint_gradients(model):
+    """Data parallel: one tensor of which every weight.grad is a part, so that one sum over the processes adds up all of them at once.
+
+    None where there is nothing to add up: one process, or FSDP, which adds gradients up in its backward pass.
+    """
+    if not dist.is_initialized() or isinstance(model, FSDPModule):
+        return None
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    joint = torch.zeros(sum(weight.numel() for weight in trained), device=model.device)
+    for weight, part in zip(trained, joint.split([weight.numel() for weight in trained])):
+        weight.grad = part.view_as(weight)
+    return joint
 
 
 def shard(model, layers, device, dtype):

@@ -217,7 +217,8 @@ class ReferenceCache:
     def __init__(self, folder, model, dtype):
         """folder is made if need be; dtype is the compute (autocast) dtype as a string, such as "bfloat16"."""
         os.makedirs(folder, exist_ok=True)
-        self.path = os.path.join(folder, f"reference-{reference_fingerprint(model, dtype)}.safetensors")
+        self.name = reference_fingerprint(model, dtype)
+        self.path = os.path.join(folder, f"reference-{self.name}.safetensors")
         self.logps = self._read()
 
     def _read(self):
@@ -242,14 +243,14 @@ def sequence_key(prompt_ids, response_ids):
 
 
 def reference_fingerprint(model, dtype):
-    """Hex name of a reference: changes with any weight, the config, the compute dtype or the attention implementation."""
+    """Hex name of a reference: changes with any weight or buffer, the config, the compute dtype or the attention implementation."""
     def digest(item):
         name, tensor = item
         content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         return hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + hashlib.sha256(content).digest()).digest()
 
     with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter lock free: all cores work
-        weights = b"".join(pool.map(digest, sorted(model.state_dict().items())))
+        weights = b"".join(pool.map(digest, sorted([*model.named_parameters(), *model.named_buffers()])))
     config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
     parts = [hashlib.sha256(weights).hexdigest(), config, dtype, model.config._attn_implementation]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -35,8 +35,8 @@ def check_out_dir(args):
         with open(path, encoding="utf-8") as file:
             before = json.load(file)
         for name in vars(args).keys() - {"resume", "overwrite", "save_every", "cache_dir", "max_new_tokens"}:
-            if vars(args)[name] != before[name]:
-                raise BadInput(f"--{name} is {vars(args)[name]}, but the run in {args.out_dir} began with {before[name]}; "
+            if vars(args)[name] != before.get(name):
+                raise BadInput(f"--{name} is {vars(args)[name]}, but the run in {args.out_dir} began with {before.get(name)}; "
                                "resume with the same flags, or give another --out_dir")
 
 
@@ -46,7 +46,7 @@ def begin_out_dir(args):
     if args.overwrite:
         shutil.rmtree(os.path.join(args.out_dir, "state"), ignore_errors=True)
         for name in os.listdir(args.out_dir):
-            if name in ("metrics.jsonl", "curves.png", "config.json", "adapter_config.json") or name.endswith(".safetensors"):
+            if name in ("metrics.jsonl", "curves.png", "config.json", "adapter_config.json") or name.endswith((".safetensors", ".safetensors.index.json")):
                 os.remove(os.path.join(args.out_dir, name))
     write_whole(os.path.join(args.out_dir, "args.json"), json.dumps(vars(args) | {"torch": torch.__version__}, indent=1))
 
@@ -95,9 +95,9 @@ def load_state(folder, model, optimizer, scaler, args, fingerprint):
     if not names:
         return 0
     newest = os.path.join(folder, names[-1])
-    state = torch.load(os.path.join(newest, "training.pt"), weights_only=True)
+    state = torch.load(os.path.join(newest, "training.pt"), map_location="cpu", weights_only=True)  # not all on process 0's GPU
     if state["data"] != fingerprint:
-        raise BadInput(f"{folder}: the saved run trained on other rows or targets; give the same --data, or another --out_dir")
+        raise BadInput(f"{folder}: the saved run had other rows, targets or weights of --model; give the same --data and --model, or another --out_dir")
     if args.fsdp:
         load_shards(newest, model, optimizer)
     else:
@@ -117,17 +117,24 @@ def trained_weights(model):
 # ---------------------------------------------------------------------------------------------------------- the student
 
 
+def cast_weights(model, dtype):
+    """Gives a model's weights a dtype, and nothing else: model.to(dtype) would round its buffers too, such as the frequencies of rotary
+    positions, which every model computes in float32."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+
+
 def save_model_folder(model, dtype, tokenizer, args):
     """Saves an ordinary Hugging Face folder (or an adapter's), each file whole: written aside, then moved into place.
 
-    Adapters are merged into the model, which ends in dtype.
+    Adapters are merged into the model, whose weights end in dtype.
     """
     aside = os.path.join(args.out_dir, "saving.tmp")
     os.makedirs(aside, exist_ok=True)
     if args.save_adapter:
         save_adapter(model, aside, args.model or TOY_STUDENT)
     merge(model)
-    model.to(dtype)
+    cast_weights(model, dtype)
     if not args.save_adapter:
         model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)

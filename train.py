@@ -9,6 +9,7 @@ the log-probabilities are rdpo.py's, the tokens and batches data.py's, adapters 
 is parallel.py's, and what out_dir receives is saving.py's.
 """
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -30,9 +31,9 @@ from data import (TOY_STUDENT, BadInput, batch_tokens, collate, epoch_order, fir
                   split_held_out)
 from eval import draw_curves, generate, have_matplotlib, load_model, position_limit, side_by_side
 from lora import add_lora, without_lora
-from parallel import add_gradients, deal, from_process_0, gather, gathered_weights, largest, policy_logps, process, shard, start, wait_for_all, whole
+from parallel import deal, from_process_0, gather, gathered_weights, joint_gradients, largest, policy_logps, process, shard, start, wait_for_all, whole
 from rdpo import ReferenceCache, plain_sequence_logps, preference_probability, rdpo_loss, sequence_key
-from saving import begin_out_dir, check_out_dir, keep_metrics_until, load_state, save_model_folder, save_state, trained_weights
+from saving import begin_out_dir, cast_weights, check_out_dir, keep_metrics_until, load_state, save_model_folder, save_state, trained_weights
 
 # ---------------------------------------------------------------------------------------------------------- flags
 
@@ -223,14 +224,15 @@ def check_finite(reference_logps, pair):
         raise BadInput(f"{pair.where}: the reference's log-probability is not finite; are the weights of --model sound?")
 
 
-# What two runs of the same rows may differ by, for each response token, when other rows share their batch.
-ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+# What a response token's log-probability may differ by where other rows share its batch: (bias, noise). Over N tokens bias adds up
+# to N times as much, noise to sqrt(N) times. A wrong mask or a stale cache is off by tens of nats.
+ROUNDING = {torch.float32: (1e-5, 0.0), torch.bfloat16: (5e-3, 0.5), torch.float16: (1e-3, 0.06)}
 
 
 def check_equal(what, live, expected, tokens, dtype, remedy):
     """BadInput where summed log-probabilities (B,) that must be equal differ by more than rounding, tokens (B,) long."""
-    difference = (live.cpu() - expected.cpu()).abs()
-    if not (difference <= 1e-3 + ROUNDING[dtype] * torch.tensor(tokens)).all():
+    difference, tokens, (bias, noise) = (live.cpu() - expected.cpu()).abs(), torch.tensor(tokens), ROUNDING[dtype]
+    if not (difference <= 1e-3 + bias * tokens + noise * tokens.sqrt()).all():
         raise BadInput(f"{what} differ by up to {difference.max():.4g}; {remedy}")
 
 
@@ -252,6 +254,8 @@ def choose_layout(model, pairs, args, dtype, autocast):
         try:
             together = policy_logps(model, collate([pair], shared=True).to(model.device)).cpu()
             check_equal("log-probabilities", together, apart, tokens, dtype, "it does not keep to masks or positions that are given")
+        except torch.OutOfMemoryError:
+            raise
         except (BadInput, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             return False, f"this model cannot read a prompt once for both: {first_line(error)}"
     return True, f"on {pair.where} its log-probabilities differ from those of separate rows by {(together - apart).abs().max():.1g}"
@@ -272,7 +276,7 @@ def main(argv=None):
     if not {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}[args.device]:
         raise BadInput(f"--device {args.device}: this machine has none that PyTorch can use; take --device cpu, or leave it out")
     if args.dtype == "auto":
-        args.dtype = "float32" if args.device != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        args.dtype = "float32" if args.device != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     if args.dtype == "float16" and args.device != "cuda":
         raise BadInput(f"--dtype float16 needs --device cuda, not {args.device}; take float32 or bfloat16")
     device, dtype = start(args.device), getattr(torch, args.dtype)
@@ -312,13 +316,11 @@ def main(argv=None):
     # Student: loaded in its own dtype, which is also the one it is saved in. All weights are trained in float32; or, beside adapters,
     # they are frozen in the compute dtype.
     model = load_model(args.model or TOY_STUDENT, dtype="auto")  # it stays in eval mode: dropout would blur the log-ratios
-    own_dtype = model.dtype
-    if args.lora_rank:
-        model.to(dtype)
-    elif not args.fsdp:
-        model.float()
-    weights_before = sample_weights(model, own_dtype)
-    cache = ReferenceCache(os.path.expanduser(args.cache_dir), model, args.dtype + (" sharded" if args.fsdp else ""))
+    own_dtype, weights_before = model.dtype, sample_weights(model, model.dtype)
+    if args.lora_rank or not args.fsdp:
+        cast_weights(model, dtype if args.lora_rank else torch.float32)
+    computed_as = [args.dtype] + ["sharded"] * args.fsdp + ["compiled"] * args.compile
+    cache = ReferenceCache(os.path.expanduser(args.cache_dir), model, " ".join(computed_as))
     if args.lora_rank:
         add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout)
         trained, every = (sum(weight.numel() for weight in weights) for weights in (trained_weights(model).values(), model.parameters()))
@@ -334,8 +336,11 @@ def main(argv=None):
     limit = position_limit(model)
     if longest > limit:
         raise BadInput(f"--max_length {args.max_length}: the longest row has {longest} tokens, but the model takes {limit}; --max_length {limit}")
-    shared, why = choose_layout(model, pairs, args, dtype, autocast)
+    shared, why = from_process_0(choose_layout(model, pairs, args, dtype, autocast))
     print(f"layout: {'each prompt once, with both answers' if shared else 'one answer a row'} ({why})")
+
+    if args.compile:  # for any number of rows and tokens, so that it is compiled a few times and not for every batch
+        model.base_model.compile(dynamic=True)
 
     # Reference: the student before its first step. Its log-probabilities come from the cache, or are computed into it.
     # With LoRA it is the model without its adapters, and there is no second copy either.
@@ -353,11 +358,14 @@ def main(argv=None):
     else:
         prompts = list({tuple(pair.prompt_ids): pair.prompt for pair in held_out}.values())[:3]
         shown = slice(0, 3)
+
+    def write_answers(model):
+        eager = torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()  # what is compiled reads whole rows
+        with autocast(), eager:
+            return [answer.text for answer in generate(model, tokenizer, prompts, args.max_new_tokens)]
+
     if number == 0 or args.fsdp:
-        with autocast():
-            answers_before = [answer.text for answer in generate(model, tokenizer, prompts, args.max_new_tokens)]
-    if args.compile:  # for any number of rows and tokens, so that it is compiled a few times and not for every batch
-        model.base_model.compile(dynamic=True)
+        answers_before = write_answers(model)
 
     # Optimizer: AdamW on the trained float32 weights; a gradient scaler only under float16; learning rate up, then down a cosine.
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
@@ -373,7 +381,7 @@ def main(argv=None):
         return args.learning_rate * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup))) / 2
 
     # Resume: the model is loaded over, the data order follows from the step.
-    fingerprint = hashlib.sha256(repr([(p.prompt_ids, p.chosen_ids, p.rejected_ids) for p in pairs] + rows.tau.tolist()).encode()).hexdigest()
+    fingerprint = hashlib.sha256(repr([(p.prompt_ids, p.chosen_ids, p.rejected_ids) for p in pairs] + rows.tau.tolist() + [cache.name]).encode()).hexdigest()
     state_dir, metrics_path = os.path.join(args.out_dir, "state"), os.path.join(args.out_dir, "metrics.jsonl")
     wait_for_all()  # all have looked at out_dir before it changes
     if number == 0:
@@ -417,6 +425,8 @@ def main(argv=None):
     chosen_logps, warned = [], False  # of held-out pairs, one an evaluation
     little = 0.1 * sum(len(pair.chosen_ids) for pair in held_out) / len(held_out)  # 0.1 nat a token
 
+    joint = joint_gradients(model)  # of several processes, to be added up
+
     # The loop.
     progress = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", disable=number > 0 or None, leave=False)
     for step in range(first_step, total_steps):
@@ -438,7 +448,8 @@ def main(argv=None):
                 loss = loss * processes
             scaler.scale(loss).backward()
             parts.append({name: column.detach() for name, column in columns.items()})
-        add_gradients(model)
+        if joint is not None:
+            dist.all_reduce(joint)
         parts, indices = of_all_processes(parts, shares)  # the same pairs, in the order of the micro-batches
 
         # Step-0 gate: nothing has been learned yet, so the policy must equal the cached reference, and the loss ln 2.
@@ -453,21 +464,23 @@ def main(argv=None):
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         metrics = summary(parts, rows, indices, args)  # here, once a step, the CPU waits for the GPU
         grad_norm = whole(grad_norm).item()
-        if not math.isfinite(metrics["loss"]) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
+        if not math.isfinite(metrics["loss"]) or not math.isfinite(grad_norm) and scaler.get_scale() <= 1:
             losses = torch.cat([part["losses"] for part in parts]).tolist()
             names = [pairs[i].where for i, loss in zip(indices, losses) if not math.isfinite(loss)] or [pairs[i].where for i in indices]
             raise BadInput(f"step {step + 1}: loss {metrics['loss']}, gradient norm {grad_norm}, rows {', '.join(names[:3])}; "
                            f"lower --learning_rate; the last good state is in {state_dir}")
+        if not math.isfinite(grad_norm):  # float16 only, where the loss is scaled up: it was too far
+            warn(f"step {step + 1} left out: its gradients are beyond float16 at a loss scale of {scaler.get_scale():g}, which goes down now")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=joint is None)
 
         # Log, evaluate, save.
         done = step + 1
         log({"step": done, "epoch": done / steps_per_epoch} | metrics | {
-            "grad_norm": grad_norm, "lr": learning_rate(step), "step_seconds": time.monotonic() - step_began,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None, "lr": learning_rate(step), "step_seconds": time.monotonic() - step_began,
             "tokens": sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in (pairs[i] for i in indices)),
             "peak_memory_mib": peak_memory_mib(device)})
         progress.update()
@@ -491,26 +504,25 @@ def main(argv=None):
             sys.exit(128 + stop)
     progress.close()
 
-    # The end: save what transformers, vLLM or llama.cpp can load, and show what changed. What lies in shards is gathered into a student
-    # that one process has loaded anew, but answers while it is still sharded.
-    if args.fsdp:
-        with autocast():
-            answers_after = [answer.text for answer in generate(model, tokenizer, prompts, args.max_new_tokens)]
-        weights = gathered_weights(model)
-        if number == 0:
-            model = load_model(args.model or TOY_STUDENT, dtype="auto")
-            if args.lora_rank:
-                add_lora(model.to(dtype), args.lora_rank, args.lora_alpha, args.lora_dropout)
-            model.load_state_dict(weights, strict=False)
+    # The end: save what transformers, vLLM or llama.cpp can load, and show what changed. What lies in shards, or beside weights that were
+    # rounded to the compute dtype, goes into a student that process 0 loads anew; before that it writes its answers.
+    load_anew = args.fsdp or args.lora_rank
+    if load_anew and (number == 0 or args.fsdp):
+        answers_after = write_answers(model)
+    weights = gathered_weights(model) if args.fsdp else trained_weights(model)
     if number > 0:
         return wait_for_all()
+    if load_anew:
+        model = load_model(args.model or TOY_STUDENT, dtype="auto")
+        if args.lora_rank:
+            add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout)
+        model.load_state_dict(weights, strict=False)
     save_model_folder(model, own_dtype, tokenizer, args)
     if have_matplotlib():
         draw_curves([args.out_dir], os.path.join(args.out_dir, "curves.png"))
     changed = torch.cat([after != before for after, before in zip(sample_weights(model, own_dtype), weights_before)])
-    if not args.fsdp:
-        with torch.compiler.set_stance("force_eager"):  # --compile has seen whole rows only
-            answers_after = [answer.text for answer in generate(model, tokenizer, prompts, args.max_new_tokens)]
+    if not load_anew:
+        answers_after = write_answers(model)
     print("\n" + side_by_side(prompts[shown], {"reference": answers_before[shown], "student": answers_after[shown]}))
     if toy:
         from toy import world  # in the toy world what is right can be computed exactly

@@ -91,13 +91,13 @@ def beside_trl(folder):
     write(f"{folder}/held_out.jsonl", rows[:1])
     pairs, _ = load_pairs(f"{folder}/rows.jsonl", tokenizer, 10**6, needs_scores=False)
     common = ["--model", args.model, "--batch_size", args.batch_size, "--max_steps", args.steps, "--learning_rate", "1e-5"]
-    runs = {}  # name: losses, seconds of the steps after the first, seconds of the reference, peak memory
+    runs = {}  # name: losses, seconds of the steps after the first, peak memory
     for name, flags in (("rdpo", []), ("rdpo, one pair a batch", ["--tokens_per_batch", 1]),
                         ("rdpo --gradient_checkpointing", ["--gradient_checkpointing", "--tokens_per_batch", 1])):
         output, steps, peak = train(folder, f"out{len(runs)}", *common, *flags)
         if not runs:  # the reference is computed by the first run only
             reference, layout = float(re.search(r"computed in ([\d.]+) s", output)[1]), re.search("layout: .*", output)[0]
-        runs[name] = [step["loss"] for step in steps], [step["step_seconds"] for step in steps[1:]], 0, peak
+        runs[name] = [step["loss"] for step in steps], [step["step_seconds"] for step in steps[1:]], peak
     output, *_ = train(folder, "again", *common, "--max_steps", 1, "--beta", 0.5)
     again = int(re.search(r"log-probabilities: (\d+) pairs computed", output)[1])
     job = {"model": args.model, "batch_size": args.batch_size, "beta": 0.1, "max_length": 10**6, "learning_rates": [step["lr"] for step in steps]}
@@ -111,13 +111,14 @@ def beside_trl(folder):
             json.dump(job | {"config": config}, file)
         output, peak = run([python, f"{ROOT}/bench/trl_dpo.py", f"{folder}/job.json"])
         answer = json.loads(output.strip().splitlines()[-1])
-        runs[f"trl {answer['trl']}, {name}"] = answer["losses"], answer["seconds"][1:], 0, peak
+        runs[f"trl {answer['trl']}, {name}"] = answer["losses"], answer["seconds"][1:], peak
 
-    tokens = sum(2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs) / len(pairs)  # of a pair
-    assert sum(answer["tokens"]) == tokens * len(pairs), "the two trainers do not read the same tokens"
+    tokens = sum(2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
+    assert sum(answer["tokens"]) == tokens, "the two trainers do not read the same tokens"
+    tokens /= len(pairs)  # of a pair
     print(f"{layout}\n{len(pairs)} pairs of {tokens:.0f} tokens, {args.batch_size} a step, {args.threads} threads; medians of {args.steps - 1} steps\n")
     print("trainer                                              pairs/s  tokens/s  peak MiB  losses")
-    for name, (losses, seconds, _, peak) in runs.items():
+    for name, (losses, seconds, peak) in runs.items():
         rate = args.batch_size / statistics.median(seconds)
         print(f"{name:52s} {rate:7.3f}  {rate * tokens:8.1f}  {peak:8.0f}  {' '.join(f'{loss:.4f}' for loss in losses)}")
 
@@ -129,7 +130,7 @@ def beside_trl(folder):
     for ours in [name for name in runs if name.startswith("rdpo")]:
         for theirs in [name for name in runs if name.startswith("trl")]:
             once, then = (pairs_per_second(ours, seconds) / pairs_per_second(theirs) for seconds in (reference, 0.0))
-            print(f"{ours:30s} {theirs:50s} {once:5.2f} {then:5.2f} {runs[ours][3] / runs[theirs][3]:5.2f}")
+            print(f"{ours:30s} {theirs:50s} {once:5.2f} {then:5.2f} {runs[ours][2] / runs[theirs][2]:5.2f}")
     losses = [run[0] for run in runs.values()]
     print(f"largest difference between two losses: {max(max(step) - min(step) for step in zip(*losses)):.1e}")
 

@@ -160,21 +160,23 @@ def test_flags_that_do_not_go_together_are_refused(run_train, rows_path, flags):
 
 
 def test_a_lora_run_is_resumed_to_the_bit_with_dropout(run_train, tmp_path, rows_path, monkeypatch):
-    flags = ["--data", rows_path, "--max_steps", 4, "--save_every", 2, "--lora_rank", 2, "--lora_dropout", 0.2, "--max_new_tokens", 4]
+    flags = ["--data", rows_path, "--max_steps", 4, "--save_every", 2, "--lora_rank", 2, "--lora_dropout", 0.2, "--max_new_tokens", 4,
+             "--eval_every", 4]
     assert run_train(*flags, "--out_dir", tmp_path / "straight")[0] == 0
-    forward, calls = train.add_gradients, []
+    gather, calls = train.of_all_processes, []  # called by the evaluation before the first step, then by each step
 
-    def dies(model):
-        calls.append(model)
+    def dies(*arguments):
+        calls.append(arguments)
         if len(calls) == 4:
             raise RuntimeError("died")
-        forward(model)
+        return gather(*arguments)
 
-    monkeypatch.setattr(train, "add_gradients", dies)
+    monkeypatch.setattr(train, "of_all_processes", dies)
     with pytest.raises(RuntimeError):
         run_train(*flags)
     monkeypatch.undo()
-    assert run_train(*flags, "--resume")[0] == 0
+    code, out, _ = run_train(*flags, "--resume")
+    assert code == 0 and "from step 2" in out
     assert without_clock(tmp_path / "out") == without_clock(tmp_path / "straight")
     steps, _ = read_metrics(tmp_path / "out")
     assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-5)

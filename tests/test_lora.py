@@ -8,9 +8,12 @@ import venv
 import pytest
 import torch
 from conftest import ARCHITECTURES, SMALL, random_pairs, tiny_model
+from safetensors.torch import load_file
 from transformers import GemmaConfig, GemmaForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from data import BadInput, collate
+import train
+from data import TOY_STUDENT, BadInput, collate, load_tokenizer
+from eval import load_model
 from lora import LoRALinear, add_lora, lora_layers, merge, save_adapter, without_lora
 from rdpo import sequence_logps
 
@@ -99,6 +102,33 @@ def test_a_16_bit_base_stays_as_it_is_and_adapters_are_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         sequence_logps(model, collate(random_pairs(3))).sum().backward()
     assert all(torch.equal(layer.base.weight, weights[f"{name}.weight"]) for name, layer in lora_layers(model))
+
+
+def test_a_16_bit_run_rounds_neither_rotary_frequencies_nor_the_weights_that_it_saves(run_train, tmp_path, toy_rows, write_rows, monkeypatch):
+    base = load_model(TOY_STUDENT)  # its bfloat16 weights as float32
+    with torch.no_grad():
+        for weight in base.parameters():
+            weight *= 1.001  # which bfloat16 does not hold
+    base.save_pretrained(tmp_path / "base")
+    load_tokenizer(TOY_STUDENT).save_pretrained(tmp_path / "base")
+    frequencies, end = [], train.save_model_folder
+
+    def save(model, *rest):
+        frequencies.append(model.base_model.rotary_emb.inv_freq.clone())
+        end(model, *rest)
+
+    forward = train.forward
+    monkeypatch.setattr(train, "save_model_folder", save)
+    monkeypatch.setattr(train, "forward", lambda model, *rest: (frequencies.append(model.base_model.rotary_emb.inv_freq.clone()), forward(model, *rest))[1])
+    code, _, err = run_train("--data", write_rows(toy_rows[:16]), "--model", tmp_path / "base", "--dtype", "bfloat16", "--lora_rank", 2, "--max_steps", 1,
+                             "--batch_size", 4, "--max_new_tokens", 2, "--learning_rate", 1e-6)
+    assert code == 0, err
+    right = base.base_model.rotary_emb.inv_freq
+    assert not torch.equal(right, right.bfloat16().float()) and all(torch.equal(one, right) for one in frequencies) and len(frequencies) > 1
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "out"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert after[name].dtype == torch.float32 and not torch.equal(before[name], before[name].bfloat16().float())
+    assert 0 < (after[name] - before[name]).abs().max() < 1e-5  # one step of 1e-6; bfloat16 would round by up to 1e-3
 
 
 def test_dropout_acts_in_learning_passes_only():

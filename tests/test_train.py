@@ -215,6 +215,23 @@ def test_step_0_gate_stops_a_stale_cache(run_train, tmp_path, toy_rows, write_ro
     assert code == 2 and "step 0" in err and str(cache) in err and err.count("\n") == 1
 
 
+def test_a_loss_scale_that_is_too_high_leaves_steps_out_and_says_so(run_train, tmp_path, toy_rows, write_rows, monkeypatch):
+    """As under float16, which needs a GPU: here the scaled gradients leave float32's range."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: scaler("cpu", init_scale=2.0 ** 127))
+    flags = ["--data", write_rows(toy_rows[:64]), "--batch_size", 8, "--max_new_tokens", 2, "--max_steps", 12]
+    code, _, err = run_train(*flags)
+    norms = [line["grad_norm"] for line in read_metrics(tmp_path / "out")[0]]
+    left_out = norms.count(None)
+    assert code == 0 and 0 < left_out < 12 and err.count("left out: its gradients are beyond float16 at a loss scale of") == left_out
+    assert not same_weights(weights_of(TOY_STUDENT), weights_of(tmp_path / "out"))
+    # A scale that cannot go lower is not what is wrong.
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: scaler("cpu", init_scale=1.0))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
+    code, _, err = run_train(*flags, "--overwrite")
+    assert code == 2 and "step 1: loss" in err and "gradient norm inf" in err
+
+
 def test_dsc_trains_on_accepted_revisions_only(run_train, tmp_path, toy_rows, write_rows):
     rows = toy_rows[:100]
     _, out, _ = run_train("--data", write_rows(rows), "--eval_data", write_rows(rows, "eval.jsonl"), "--loss", "dsc", "--max_steps", 1)
