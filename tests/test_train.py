@@ -232,6 +232,15 @@ def test_a_loss_scale_that_is_too_high_leaves_steps_out_and_says_so(run_train, t
     assert code == 2 and "step 1: loss" in err and "gradient norm inf" in err
 
 
+@pytest.mark.parametrize("count", [1, 50, 2000])
+def test_16_bit_noise_passes_and_a_wrong_answer_does_not(count):
+    exact = torch.tensor([-300.0])
+    train.check_equal("they", exact + 0.2 * count ** 0.5, exact, [count], torch.bfloat16, "")
+    for dtype, wrong in ((torch.bfloat16, 1 + 0.5 * count), (torch.float32, 2e-3 + 2e-5 * count)):
+        with pytest.raises(train.BadInput, match="they differ"):
+            train.check_equal("they", exact + wrong, exact, [count], dtype, "")
+
+
 def test_dsc_trains_on_accepted_revisions_only(run_train, tmp_path, toy_rows, write_rows):
     rows = toy_rows[:100]
     _, out, _ = run_train("--data", write_rows(rows), "--eval_data", write_rows(rows, "eval.jsonl"), "--loss", "dsc", "--max_steps", 1)
