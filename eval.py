@@ -13,7 +13,6 @@
 command goes on where a stopped one ended. No score is ever invented: what could not be judged is null, counted, and in no mean.
 """
 import argparse
-import dataclasses
 import importlib.util
 import json
 import math
@@ -35,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 from data import (TOY_STUDENT, BadInput, Pair, as_messages, canonical, check_model_name, collate, first_line, load_pairs, load_task, load_tokenizer,
                   longest_row, printable, prompt_text, read_rows, read_text, run, split_by_tokens, write_whole)
 from rdpo import reference_fingerprint, sequence_logps
-from reward import ENDPOINTS, add_judge_flags, ask_which, better, question_of, score_answer
+from reward import ENDPOINTS, add_judge_flags, ask_which, better, judge_name, question_of, score_answer
 from teacher import Client, add_client_flags, at_least, check_prompt, checked_rows, digest, read_finished, run_rows, stream_rows
 
 
@@ -194,7 +193,7 @@ def answer_rows(path, system, model, tokenizer, rows, task, args):
                  "max_new_tokens": args.max_new_tokens} | ({"asked": [task.critique, task.revision]} if task else {})
     rows = [{"id": f"{system}/{row['id']}", "row": row["id"], "system": system, "made_with": made_with}
             | {name: row[name] for name in ("behaviour", "prompt", "question") if name in row} for row in rows]
-    finished = read_finished(path, ANSWERED)
+    finished = read_finished(path, ANSWERED, {})
     for row in rows:
         if finished.get(row["id"], digest(row, ANSWERED)) != digest(row, ANSWERED):
             raise BadInput(f"{path}: holds {json.dumps(row['id'])[:60]} by other weights, settings or prompt; give another --out_dir")
@@ -249,20 +248,17 @@ def warn_of_overlap(folder, path, prompts):
 def judge_rows(args, task, source, name, key, ask):
     """({id: row} with what the judge made of each row of `source`, how many rows failed), by reward.py's own way, into out_dir/name.
 
-    ask(client, task, args, row) gives the number to keep under `key`, or None, and what was said. BadInput where another judge began the file.
+    ask(client, task, args, row) gives the number to keep under `key`, or None, and what was said.
     """
     path = os.path.join(args.out_dir, name)
     args = argparse.Namespace(**vars(args) | {"model": args.judge_model, "out": path, "limit": None, "show": False})
-    judge = {"model": args.model} | ({"endpoint": args.endpoint} if args.endpoint else {"task": digest(dataclasses.asdict(task.judge), ())})
-    if read_finished(path, (key, "judge")) and any(row["judge"] | judge != row["judge"] for _, row in stream_rows(path)):
-        raise BadInput(f"{path}: another judge began it; give the same --task and --judge_model, another --out_dir, or remove that file")
     client = Client(args)
 
     def work(row):
         number, said = ask(client, task, args, row)
-        return row | {key: number, "judge": judge | {"said": said}}
+        return row | {key: number, "judge": {"said": said}}
 
-    failed = run_rows(client, args, source, (key, "judge"), check_prompt, work, None)
+    failed = run_rows(client, args, source, (key, "judge"), judge_name(task, args), check_prompt, work, None)
     return {row["id"]: row for _, row in stream_rows(path)} if os.path.getsize(path) else {}, failed
 
 

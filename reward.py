@@ -1,7 +1,7 @@
 """Stage 2, the reward: a model that is not the teacher scores both answers of every row. It catches rewrites that are no better.
 
     synthetic.jsonl  {"id", "prompt", "rejected", "chosen", ...}
-    scored.jsonl     + "score_rejected", "score_chosen": numbers, higher is better, or null; "judge": {model, the raw replies}
+    scored.jsonl     + "score_rejected", "score_chosen": numbers, higher is better, or null; "judge": {model, task, the raw replies}
 
     python reward.py --task tasks/sycophancy.toml --data synthetic.jsonl --out scored.jsonl --base_url URL --model NAME
     python reward.py --endpoint /classify --data synthetic.jsonl --out scored.jsonl --base_url URL --model NAME
@@ -23,7 +23,7 @@ import sys
 from collections import Counter
 
 from data import check_pair, load_task, printable, run, show_gaps
-from teacher import Client, RowFailed, add_flags, at_least, chat, check_prompt, run_rows, stream_rows
+from teacher import Client, RowFailed, add_flags, at_least, chat, check_prompt, digest, run_rows, stream_rows
 
 ADDED = ("score_rejected", "score_chosen", "judge")
 
@@ -161,6 +161,11 @@ def question_of(row):
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in row["prompt"])
 
 
+def judge_name(task, args):
+    """What scores are made with, as their rows keep it: no file mixes the scores of two judges."""
+    return {"model": args.model} | ({"endpoint": args.endpoint} if args.endpoint else {"task": digest(dataclasses.asdict(task.judge), ())})
+
+
 def score_answer(client, task, args, row, answer):
     """(score or None, what was said) of an answer to a row's question: by the reward model at --endpoint, else by the task's judge."""
     if args.endpoint:
@@ -171,7 +176,7 @@ def score_answer(client, task, args, row, answer):
 
 def score_row(client, task, args, row):
     """The row with both scores and what the judge said."""
-    scores, said = {}, {"model": args.model} | ({"endpoint": args.endpoint} if args.endpoint else {})
+    scores, said = {}, {}
     for name in ("rejected", "chosen"):
         answer = row[name] if isinstance(row[name], str) else row[name][0]["content"]
         scores["score_" + name], said[name] = score_answer(client, task, args, row, answer)
@@ -227,7 +232,8 @@ def main(argv=None):
     add_judge_flags(parser)
     args = parser.parse_args(argv)
     task, client = load_task(args.task) if args.task else None, Client(args)
-    failed = run_rows(client, args, args.data, ADDED, check_row, lambda row: score_row(client, task, args, row), show_row)
+    failed = run_rows(client, args, args.data, ADDED, judge_name(task, args), check_row,
+                      lambda row: score_row(client, task, args, row), show_row)
     if os.path.getsize(args.out):  # else no row was ever finished
         report(args.out)
     sys.exit(1 if failed else 0)

@@ -211,7 +211,7 @@ def test_other_settings_weights_prompts_or_judge_are_refused(toy_server, run_eva
     for flags, prompts, message in ((("--seed", 1), PROMPTS, "other weights, settings or prompt"), ((), changed, "other weights, settings or prompt"),
                                     (("--max_new_tokens", 39), PROMPTS, "other weights, settings"),
                                     (("--base_model", student, "--model", data.TOY_STUDENT), PROMPTS, "other weights"),
-                                    (("--task", tmp_path / "task.toml"), PROMPTS, "another judge began it")):
+                                    (("--task", tmp_path / "task.toml"), PROMPTS, "eval.jsonl:1: made with another task")):
         code, _, err = run_eval(*flags, prompts=prompts, url=url)
         assert code == 2 and message in err and len(err.splitlines()) == 1, (flags, err)
     assert len(read_lines(tmp_path / "eval" / "answers.jsonl")) <= 36

@@ -184,6 +184,21 @@ def test_resumes_and_refuses_other_content(scripted, run_stage, write_rows, tmp_
     assert code == 2 and "with other content" in err and len(server.requests) == 12
 
 
+def test_scores_of_two_judges_do_not_go_into_one_file(scripted, run_stage, write_rows, tmp_path):
+    server = scripted(lambda path, request: says("Final score: 3"))
+    path, out = write_rows(ROWS), tmp_path / "out"
+    assert run_stage(reward, *flags(server, path, out, task=f"{ROOT}/toy/task.toml", limit=2))[0] == 0
+    for others, what in (({"task": f"{ROOT}/tasks/safety.toml"}, "task"), ({"task": f"{ROOT}/toy/task.toml", "model": "n"}, "model"),
+                         ({"endpoint": "/score"}, "endpoint")):
+        code, _, err = run_stage(reward, *flags(server, path, out, **others))
+        assert code == 2 and f"{out}:1: made with another {what}; give the same flags" in err and len(err.splitlines()) == 1
+    assert len(server.requests) == 4 and len(read_lines(out)) == 2
+    for foreign in ("m", {}):  # a row of somebody else's making
+        write_rows([row | {"judge": foreign} for row in read_lines(out)], "foreign")
+        code, _, err = run_stage(reward, *flags(server, path, tmp_path / "foreign", task=f"{ROOT}/toy/task.toml"))
+        assert code == 2 and "foreign:1: made with another model and task" in err
+
+
 @pytest.mark.parametrize("change, message", [
     ({"rejected": ""}, "`rejected` is empty"), ({"chosen": None}, "`chosen` is a NoneType"), ({"question": 5}, "`question` must be text"),
     ({"prompt": ""}, "no `prompt` that can be sent"), ({"id": "r0"}, "that of"), ({"id": 1.5}, "`id` is 1.5")])

@@ -347,6 +347,23 @@ def test_an_id_with_another_prompt_is_refused(faulty, write_rows, tmp_path, run_
     assert code == 2 and f"{changed}:2" in err and "with other content" in err and len(server.asked) == 6
 
 
+def test_another_task_or_model_is_refused(faulty, write_rows, tmp_path, run_stage):
+    server, out = faulty(), tmp_path / "out"
+    task = write_rows(open(TASK).read(), "task.toml")
+    flags = command(server.url, write_rows(PROMPTS), out, "--limit", 2, "--task", task)
+    assert run_stage(teacher, *flags)[0] == 0
+    before = out.read_bytes()
+    write_rows(open(TASK).read().replace("You rate the answers", "You rate the replies"), "task.toml")
+    code, text, err = run_stage(teacher, *flags, "--model", "other")
+    assert code == 2 and f"{out}:1: made with another model; give the same flags" in err and len(err.splitlines()) == 1
+    code, text, err = run_stage(teacher, *flags)
+    assert code == 0 and "2 of 2 rows (2 from before)" in text, err  # the judge's words are not the teacher's
+    write_rows(open(TASK).read().replace("Be brief.", "Be kind."), "task.toml")
+    code, text, err = run_stage(teacher, *flags)
+    assert code == 2 and f"{out}:1: made with another task" in err and len(err.splitlines()) == 1
+    assert out.read_bytes() == before and len(server.asked) == 6
+
+
 def test_no_torch():
     script = "import sys, teacher, reward; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
