@@ -32,10 +32,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 from transformers.utils import logging as transformers_logging
 
 from data import (TOY_STUDENT, BadInput, Pair, as_messages, canonical, check_model_name, collate, first_line, load_pairs, load_task, load_tokenizer,
-                  longest_row, printable, prompt_text, read_rows, read_text, run, split_by_tokens, write_whole)
+                  longest_row, printable, prompt_text, read_text, run, split_by_tokens, stream_rows, write_whole)
 from rdpo import reference_fingerprint, sequence_logps
 from reward import ENDPOINTS, add_judge_flags, ask_which, better, judge_name, question_of, score_answer
-from teacher import Client, add_client_flags, at_least, check_prompt, checked_rows, digest, read_finished, run_rows, stream_rows
+from teacher import Client, add_client_flags, at_least, check_prompt, checked_rows, digest, read_finished, run_rows
 
 
 def load_model(model, dtype=torch.float32):
@@ -235,7 +235,7 @@ def warn_of_overlap(folder, path, prompts):
     def name(prompt):
         return json.dumps(as_messages(prompt))
 
-    seen = {name(canonical(row).get("prompt")) for _, row in read_rows(source, on_bad=lambda error: None)}
+    seen = {name(canonical(row).get("prompt")) for _, row in stream_rows(source, on_bad=lambda error: None)}
     count = sum(name(prompt) in seen for prompt in prompts)
     if count:
         print(f"warning: {count} of {len(prompts)} prompts of {path} are in {source}, which {folder} was trained on "
@@ -444,7 +444,7 @@ def draw_curves(folders, path):
     for number, folder in enumerate(folders):
         args, metrics = (os.path.join(folder, name) for name in ("args.json", "metrics.jsonl"))
         beta = json.loads(read_text(args, "the out_dir of a run of train.py"))["beta"]
-        lines = [line for _, line in read_rows(metrics, on_bad=lambda error: None)]  # a killed run may have left its last line torn
+        lines = [line for _, line in stream_rows(metrics, on_bad=lambda error: None)]  # a killed run may have left its last line torn
         training, held_out = ([line for line in lines if key in line] for key in ("loss", "eval/loss"))
         for line in held_out:
             line["eval/log-ratio"] = (line["eval/rewards/chosen"] + line["eval/rewards/rejected"]) / 2 / beta

@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 import requests
 from tqdm import tqdm
 
-from data import BadInput, as_messages, canonical, is_chat, load_task, printable, read_rows, run
+from data import BadInput, as_messages, canonical, is_chat, load_task, printable, run, stream_rows
 
 # ----------------------------------------------------------------------------------------------------- the client
 
@@ -162,28 +162,6 @@ def chat(client, messages, model, max_tokens, temperature, seed=None):
 
 
 # ------------------------------------------------------------------------------------------------------- the rows
-
-
-def stream_rows(path):
-    """Each ("file:line", row) of a .jsonl file, one line in memory at a time; a JSON list is read whole."""
-    try:
-        with open(path, "rb") as file:
-            if file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b""):
-                yield from read_rows(path)  # a list, or an empty file, which it refuses
-                return
-            file.seek(0)
-            for number, line in enumerate(file, 1):
-                where = f"{path}:{number}"
-                try:
-                    row = json.loads(line) if line.strip() else None
-                except ValueError as error:
-                    raise BadInput(f"{where}: not JSON ({error}); each row must be one whole JSON object a line, in UTF-8") from error
-                if isinstance(row, dict):
-                    yield where, row
-                elif line.strip():
-                    raise BadInput(f"{where}: a row must be a JSON object, not a {type(row).__name__}")
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}; give the path of a .jsonl file or of a JSON list") from error
 
 
 def digest(row, added):

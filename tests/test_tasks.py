@@ -389,6 +389,7 @@ TORN = {
     "rows, cut": ("roleplay", rows_page(TRUTHY, 0, 100)[:-20], "not JSON"),
     "rows, without rows": ("roleplay", '{"error": "The dataset is gone"}', "no page of a rows API"),
     "rows, of another shape": ("roleplay", '{"rows": ["a"], "num_rows_total": 1}', "no page of a rows API"),
+    "rows, an empty list": ("roleplay", "[]", "no page of a rows API"),
     "rows, no total": ("roleplay", '{"rows": [{"row": {}}]}', "no page of a rows API"),
 }
 

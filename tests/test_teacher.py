@@ -296,7 +296,7 @@ BAD_PROMPTS = {
     "messages without content": ([{"prompt": [{"role": "user"}]}], ":1: no `prompt` that"),
     "odd question": ([ROW | {"question": ""}], ":1: `question` must be text"),
     "torn line": ('{"id": "a", "prompt": "x"}\n{"id": "b", "pro', ":2: not JSON"),
-    "not UTF-8": (b'{"id": "a", "prompt": "\xff"}\n', ":1: not JSON"),
+    "not UTF-8": (b'{"id": "a", "prompt": "\xff"}\n', ":1: not UTF-8"),
     "a number": ("17\n", ":1: a row must be a JSON object"),
     "empty file": ("", "the file is empty"),
     "duplicate id": ([ROW, {"id": "b", "prompt": "Hi"}, {"id": "a", "prompt": "Ho"}], ':3: the id "a" is that of'),
