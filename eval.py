@@ -158,16 +158,6 @@ REFINED = "base + self-refine"
 ANSWERED = ("turns", "answer", "finish", "prompt_ids", "ids")
 
 
-def check_prompts(path):
-    """The rows of a file of prompts. BadInput for one without a prompt that can be sent, or with another's id."""
-    rows = {}
-    for where, row in checked_rows(path, None, check_prompt, ()):
-        if row["id"] in rows:
-            raise BadInput(f"{where}: the id {json.dumps(row['id'])[:40]} is there twice; each row needs an id, or a prompt, of its own")
-        rows[row["id"]] = row
-    return list(rows.values())
-
-
 def converse(model, tokenizer, rows, task, args):
     """A list of Answers for each turn: one turn; or with a task three, as of a teacher: the answer, its critique, the rewrite."""
     prompts, turns = [row["prompt"] for row in rows], []
@@ -524,7 +514,8 @@ def main(argv=None):
         Client(args)  # a wrong address or a missing key shows now, not after the answers
     for folder in (args.base_model, *args.model):
         check_model_name(folder)
-    rows, tokenizer = check_prompts(args.prompts) if args.prompts else [], load_tokenizer(args.base_model)
+    rows = [row for _, row in checked_rows(args.prompts, None, check_prompt, ())] if args.prompts else []
+    tokenizer = load_tokenizer(args.base_model)
     vocabulary = tokenizer.get_vocab()
     pairs, report = load_pairs(args.data, tokenizer, args.max_length, needs_scores=False) if args.data else ([], None)
     for folder in args.model:

@@ -171,13 +171,18 @@ def digest(row, added):
 
 
 def checked_rows(path, limit, check, added):
-    """Each (where, row) of the first `limit` rows, under our names (data.canonical), checked by check(row, where), with an id."""
+    """Each (where, row) of the first `limit` rows, under our names (data.canonical), checked by check(row, where), with an id of its own."""
+    places = {}
     for where, row in itertools.islice(stream_rows(path), limit):
         row = canonical(row)
         check(row, where)
         row = {"id": row.get("id", digest(row, added))} | row  # with the id in front, by which read_finished knows a torn line
         if isinstance(row["id"], bool) or not isinstance(row["id"], (str, int)) or row["id"] == "":
             raise BadInput(f"{where}: `id` is {json.dumps(row['id'])[:40]}; it must be text or a whole number, or be left out")
+        name = str(row["id"])  # 1 and "1" would be hard to tell apart, and eval.py puts ids into longer ones
+        if name in places:
+            raise BadInput(f"{where}: the id {json.dumps(row['id'])[:40]} is that of {places[name]} as well; each row needs an id, or a prompt, of its own")
+        places[name] = where
         yield where, row
 
 
@@ -216,15 +221,12 @@ def check_all(args, source, added, made_with, check):
         raise BadInput(f"{args.out}: it must be a file, in a folder that is there and can be written to; make the folder first")
     if os.path.realpath(args.out) == os.path.realpath(source):
         raise BadInput(f"{args.out}: that is the file to read; write to another one")
-    finished, places = read_finished(args.out, added, made_with), {}
+    finished, ids = read_finished(args.out, added, made_with), set()
     for where, row in checked_rows(source, args.limit, check, added):
-        name = json.dumps(row["id"])
-        if row["id"] in places:
-            raise BadInput(f"{where}: the id {name[:40]} is that of {places[row['id']]} as well; each row needs an id of its own")
         if finished.get(row["id"], digest(row, added)) != digest(row, added):
-            raise BadInput(f"{where}: {args.out} holds the id {name[:40]} with other content; write to another file")
-        places[row["id"]] = where
-    return len(places), places.keys() & finished.keys()
+            raise BadInput(f"{where}: {args.out} holds the id {json.dumps(row['id'])[:40]} with other content; write to another file")
+        ids.add(row["id"])
+    return len(ids), ids & finished.keys()
 
 
 def in_threads(work, rows, threads):

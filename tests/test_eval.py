@@ -386,7 +386,8 @@ def test_bad_input_is_one_line_before_anything_is_computed(flags, message, run_e
 def test_bad_prompts_and_tasks_are_one_line(run_eval, write_rows, tmp_path, base, student):
     no_pairwise = write_rows(open(TASK).read().split("pairwise =")[0], "task.toml")
     half_pairwise = write_rows(open(no_pairwise).read() + 'pairwise = "{question} {first}"', "half.toml")
-    for flags, prompts, message in (((), [PROMPTS[0], PROMPTS[0]], "prompts.jsonl:2: the id"), ((), [{"prompt": ""}], "prompts.jsonl:1: no `prompt`"),
+    for flags, prompts, message in (((), [PROMPTS[0], PROMPTS[0]], "prompts.jsonl:2: the id"), ((), [{"id": 1, "prompt": "a"}, {"id": "1", "prompt": "b"}], ":2: the id"),
+                                    ((), [{"prompt": ""}], "prompts.jsonl:1: no `prompt`"),
                                     ((*ADDRESS, "--task", no_pairwise, "--pairwise"), PROMPTS, "no `judge.pairwise`"),
                                     (("--task", half_pairwise), PROMPTS, "`judge.pairwise` must hold {question}, {first} and {second}")):
         code, _, err = run_eval(*flags, prompts=prompts)

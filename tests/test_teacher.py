@@ -301,6 +301,8 @@ BAD_PROMPTS = {
     "empty file": ("", "the file is empty"),
     "duplicate id": ([ROW, {"id": "b", "prompt": "Hi"}, {"id": "a", "prompt": "Ho"}], ':3: the id "a" is that of'),
     "the same row twice, without ids": ([{"prompt": "Hi"}, {"prompt": "Hi"}], ":2: the id"),
+    "the same row twice, in a list on one line": (json.dumps([ROW, ROW]), ":1: the id"),
+    "ids that look alike": ([ROW | {"id": 1}, ROW | {"id": "1"}], ':2: the id "1" is that of'),
     "id of a wrong type": ([ROW | {"id": ["a"]}], ":1: `id` is"),
     "id is null": ([ROW | {"id": None}], ":1: `id` is null"),
 }
