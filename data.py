@@ -342,7 +342,8 @@ def load_pairs(path, tokenizer, max_length, needs_scores, skip_bad_rows=False):
     """(pairs, report) of a file of preference rows: read, checked, tokenised, truncated.
 
     A bad row raises BadInput, or is counted with skip_bad_rows. Left out and counted in any case: a chosen answer equal to
-    the rejected one, a row with a null score where needs_scores, a row whose answer has no token left after truncation.
+    the rejected one, an answer that the teacher did not finish, a row with a null score where needs_scores, a row whose answer
+    has no token left after truncation.
     """
     report, pairs = Report(), []
 
@@ -375,6 +376,10 @@ def encode_pair(row, where, tokenizer, max_length, needs_scores, report):
                        "chat template; give --model an instruct model, or plain-text prompts")
     if needs_scores and (score_chosen is None or score_rejected is None):
         return report.drop("no score", where)
+    # The end-of-turn token that every answer gets would teach the student to stop in mid-sentence.
+    finish = row["teacher"].get("finish") if isinstance(row.get("teacher"), dict) else None  # of the answer, its critique, the rewrite
+    if isinstance(finish, list) and len(finish) == 3 and "length" in (finish[0], finish[2]):
+        return report.drop("an answer was cut by the teacher's --max_tokens", where)
     if chosen == rejected:
         return report.drop("chosen equals rejected", where)
     try:

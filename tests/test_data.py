@@ -112,6 +112,14 @@ def test_null_score_is_left_out_by_name_only_where_scores_are_needed(write_rows,
     assert len(load_pairs(path, tokenizer, 64, False)[0]) == 2
 
 
+def test_a_pair_with_an_answer_that_the_teacher_did_not_finish_is_left_out(write_rows, tokenizer):
+    tokenizer.chat_template = CHATML
+    finishes = [["length", "stop", "stop"], ["stop", "stop", "length"], ["stop", "length", "stop"], ["length"], "length", None, [["length"], 1, {}]]
+    path = write_rows([ROW | {"teacher": {"finish": finish}} for finish in finishes] + [ROW | {"teacher": other} for other in ("length", ["length"] * 3, {}, 5)])
+    pairs, report = load_pairs(path, tokenizer, 64, True)
+    assert len(pairs) == 9 and report.dropped == {"an answer was cut by the teacher's --max_tokens": [f"{path}:1", f"{path}:2"]}
+
+
 # ---------------------------------------------------------------------------------------------------------- tokens
 
 
