@@ -83,6 +83,7 @@ class Client:
         Asks again, waiting longer each time, after what may pass: no answer, 408, 409, 429, 5xx (as long as Retry-After says), and a
         reply that `read` cannot read (cut, not JSON, null). RowFailed once the retries are used up, or at once where the server
         refuses this request (another 4xx). BadInput where it would refuse every one (wrong key, model, address), or never answers.
+        A 403 is a wrong key, or else moderation of this prompt: it tells of the key only while no request has been granted.
         """
         began = time.monotonic()
         for attempt in range(self.retries + 1):
@@ -100,13 +101,15 @@ class Client:
                 content = response.content.replace(self.key.encode(), b"[key]") if self.key else response.content
                 self.count(answered=1)
                 if response.status_code == 200:
+                    self.count(granted=1)
                     try:
                         return read(json.loads(content))
                     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                         reason = f"{url} answered with something else than it should: {server_message(content)}"
                 else:
                     reason = f"{url} answered {response.status_code}: {server_message(content)}"
-                    if response.status_code in (401, 403, 404) or 300 <= response.status_code < 400:
+                    forbidden = response.status_code == 403 and not self.counts["granted"]
+                    if forbidden or response.status_code in (401, 404) or 300 <= response.status_code < 400:
                         raise BadInput(f"{reason}; check the key (--key_env), --model and --base_url")
                     if response.status_code < 500 and response.status_code not in (408, 409, 429):
                         raise RowFailed(reason)
