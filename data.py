@@ -251,6 +251,11 @@ class Pair:
     score_chosen: float | None
     score_rejected: float | None
 
+    @property
+    def gap(self):
+        """By how much the chosen answer scores higher, nan where a score is missing."""
+        return math.nan if None in (self.score_chosen, self.score_rejected) else self.score_chosen - self.score_rejected
+
 
 def prompt_text(tokenizer, prompt):
     """What the model reads before it answers: by the tokenizer's chat template, else `<bos>prompt` and an empty line."""
@@ -799,7 +804,7 @@ def show_report(path, pairs, report, tokenizer):
     for name, lengths in (("prompt", [len(pair.prompt_ids) for pair in pairs]), ("chosen", [len(pair.chosen_ids) for pair in pairs]),
                           ("rejected", [len(pair.rejected_ids) for pair in pairs])):
         print(f"{name:9s} {min(lengths):7d} {int(np.median(lengths)):7d} {max(lengths):7d}")
-    gaps = [pair.score_chosen - pair.score_rejected for pair in pairs if None not in (pair.score_chosen, pair.score_rejected)]
+    gaps = [pair.gap for pair in pairs if not math.isnan(pair.gap)]
     if gaps:
         print()
         show_gaps(gaps, "scored pairs")

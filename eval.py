@@ -14,6 +14,7 @@ command goes on where a stopped one ended. No score is ever invented: what could
 """
 import argparse
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -235,12 +236,13 @@ def warn_of_overlap(folder, path, prompts):
 # ------------------------------------------------------------------------------------------------------- judging
 
 
-def judge_rows(args, task, source, name, key, ask):
-    """({id: row} with what the judge made of each row of `source`, how many rows failed), by reward.py's own way, into out_dir/name.
+def judge_rows(args, task, rows, name, key, ask):
+    """({id: row} with what the judge made of each row, how many rows failed), by reward.py's own way, into out_dir/name.
 
     ask(client, task, args, row) gives the number to keep under `key`, or None, and what was said.
     """
-    path = os.path.join(args.out_dir, name)
+    path, source = os.path.join(args.out_dir, name), os.path.join(args.out_dir, f"asked-{name}")
+    write_whole(source, "".join(json.dumps(row) + "\n" for row in rows))
     args = argparse.Namespace(**vars(args) | {"model": args.judge_model, "out": path, "limit": None, "show": False})
     client = Client(args)
 
@@ -250,11 +252,6 @@ def judge_rows(args, task, source, name, key, ask):
 
     failed = run_rows(client, args, source, (key, "judge"), judge_name(task, args), check_prompt, work, None)
     return {row["id"]: row for _, row in stream_rows(path)} if os.path.getsize(path) else {}, failed
-
-
-def score(client, task, args, row):
-    """(score or None, what was said) of a row's answer."""
-    return score_answer(client, task, args, row, row["answer"])
 
 
 def win_over_base(client, task, args, row):
@@ -303,8 +300,7 @@ PAIR_HEAD = ("model", "pairs", "chosen first %", "agrees with scores %", "log-ra
 
 def numbers(judged, answers, key):
     """A column (N,) of what the judge made of the answers, nan where there is none."""
-    found = (judged.get(row["id"], {}).get(key) for row in answers)
-    return np.array([np.nan if number is None else number for number in found], dtype=float)
+    return np.array([judged.get(row["id"], {}).get(key) for row in answers], dtype=float)
 
 
 def behaviours(rows, task):
@@ -351,7 +347,7 @@ def pair_row(name, logps, reference, pairs):
         return (name, str(len(pairs)), "-", "-", "-", *columns)
     margins = (logps - reference).double().numpy() @ [1, -1]  # (P,) the margin of the loss before beta
     side = np.where(abs(margins) < 1e-3, 0, np.sign(margins))  # 0: no preference yet, counted as half right
-    gaps = np.array([np.nan if None in (pair.score_chosen, pair.score_rejected) else pair.score_chosen - pair.score_rejected for pair in pairs])
+    gaps = np.array([pair.gap for pair in pairs])
     agrees = 50 * (1 + side * np.where(gaps == 0, np.nan, np.sign(gaps)))  # nan: no score, or a tie
     return (name, str(len(pairs)), cell(".1f", mean, 50 * (1 + side)), cell(".1f", mean, agrees), cell("+.2f", mean, margins), *columns)
 
@@ -548,13 +544,12 @@ def main(argv=None):
     # The judge, by the way of stage 2.
     judged, compared, failed = {}, {}, 0
     if args.base_url:
-        judged, failed = judge_rows(args, task, path, "eval.jsonl", "score", score)
+        judged, failed = judge_rows(args, task, itertools.chain(*answers.values()), "eval.jsonl", "score",
+                                    lambda client, task, args, row: score_answer(client, task, args, row, row["answer"]))
     if args.pairwise:
-        source = os.path.join(args.out_dir, "pairs.jsonl")
         both = [{name: row[name] for name in ("id", "row", "system", "prompt", "question", "answer") if name in row} | {"base": base["answer"]}
                 for name, own in answers.items() if name != "base" for row, base in zip(own, answers["base"])]
-        write_whole(source, "".join(json.dumps(row) + "\n" for row in both))
-        compared, more = judge_rows(args, task, source, "pairwise.jsonl", "win", win_over_base)
+        compared, more = judge_rows(args, task, both, "pairwise.jsonl", "win", win_over_base)
         failed += more
 
     # Columns of numbers, a table a behaviour, a report.

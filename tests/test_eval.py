@@ -250,6 +250,18 @@ def test_scores_are_those_of_the_judge_and_nulls_are_counted(scripted, run_eval,
     assert cells(out, "safety, 3 prompts", "base")["score"] == "4.00 [4.00, 4.00]"  # of the two that were judged
 
 
+def test_only_the_answers_of_this_call_are_judged(scripted, run_eval, student, tmp_path):
+    os.symlink(student, tmp_path / "other")
+    assert run_eval("--model", student, tmp_path / "other")[0] == 0  # no judge: 36 answers
+    server = scripted(lambda path, request: says("Final score: 4"))
+    code, out, err = run_eval(prompts=PROMPTS[:3], url=server.url)
+    assert code == 0 and "6 of 6 rows (0 from before)" in out and len(server.requests) == 6, err
+    wanted = [f"{name}/{row['id']}" for name in (student, "base") for row in PROMPTS[:3]]
+    assert sorted(row["id"] for row in read_lines(tmp_path / "eval" / "eval.jsonl")) == sorted(wanted)
+    code, out, err = run_eval(prompts=PROMPTS[2:5], url=server.url)
+    assert code == 0 and "6 of 6 rows (2 from before)" in out and len(server.requests) == 10, err
+
+
 def test_a_judge_that_never_gives_a_verdict(scripted, run_eval, tmp_path):
     code, out, err = run_eval("--verdict_retries", 0, url=scripted(lambda path, request: says("Very nice.")).url)
     assert code == 1 and err.count("\n") == 1 and "no reply of toy had a verdict" in err
