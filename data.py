@@ -561,6 +561,8 @@ def load_task(path):
         ("judge.template", "{question}" in judge.template and "{answer}" in judge.template, "must hold both {question} and {answer}"),
         ("judge.pairwise", not judge.pairwise or all(slot in judge.pairwise for slot in ("{question}", "{first}", "{second}")),
          "must hold {question}, {first} and {second}"),
+        ("judge.verdict", judge.verdict.strip().rstrip(": ").casefold() in judge.template.casefold(),
+         "must be in `judge.template`, where the judge is told how to end: no other last line counts"),
         ("judge.lowest", -math.inf < judge.lowest < judge.highest < math.inf, f"must be below `judge.highest`, {judge.highest}"),
         ("judge.good", judge.good in ("high", "low", "zero"), 'must be "high", "low" or "zero"')]
     if prompts:

@@ -11,7 +11,8 @@ vLLM's /classify, /score or /pooling, or /predict of text-embeddings-inference; 
 happens after a crash or a failure is as in teacher.py.
 
 No score is ever invented. A judge's reply without a verdict is asked for again (--verdict_retries: at temperature 0.7 and with other
-seeds, for at temperature 0 it would only repeat itself). Then the score is null; the raw replies are kept under `judge`.
+seeds, for at temperature 0 it would only repeat itself). Then the score is null; the raw replies are kept under `judge`. The same
+command does not ask for a null score again: take the row's line out of --out, and it does.
 """
 import argparse
 import dataclasses
@@ -134,7 +135,8 @@ def ask_reward_model(client, args, question, answer):
         numbers = numbers_of(reply)
         if not all(math.isfinite(number) for number in numbers):
             raise ValueError("not a number")
-        client.count(tokens_in=reply["usage"]["prompt_tokens"] if isinstance(reply, dict) else 0)
+        usage = isinstance(reply, dict) and reply.get("usage") or {}  # not every server counts tokens
+        client.count(tokens_in=usage.get("prompt_tokens") or 0)
         return numbers
 
     numbers = client.post(client.base_url.removesuffix("/v1") + args.endpoint, {"model": args.model} | body(question, answer), read)
@@ -194,7 +196,7 @@ def show_row(row):
 
 
 def report(path):
-    """Prints what the scores in a file look like, all runs that wrote it taken together."""
+    """Prints what the scores in a file look like, all runs that wrote it taken together; returns how many there are."""
     gaps, counts, spreads = [], Counter(), []
     for _, row in stream_rows(path):
         scores = [row["score_chosen"], row["score_rejected"]]
@@ -214,6 +216,7 @@ def report(path):
               f"standard deviation {statistics.fmean(spreads):.2f} on average")
     if gaps:
         show_gaps(gaps, "rows")
+    return counts["read"]
 
 
 def add_judge_flags(parser):
@@ -234,8 +237,10 @@ def main(argv=None):
     task, client = load_task(args.task) if args.task else None, Client(args)
     failed = run_rows(client, args, args.data, ADDED, judge_name(task, args), check_row,
                       lambda row: score_row(client, task, args, row), show_row)
-    if os.path.getsize(args.out):  # else no row was ever finished
-        report(args.out)
+    if os.path.getsize(args.out) and not report(args.out):  # an empty file: no row was ever finished
+        print(f"error: no reply of {args.model} had a verdict; {args.out} has what it said: do --task and --data match, is --max_tokens large "
+              "enough? Remove that file to have it judged again", file=sys.stderr)
+        failed = True
     sys.exit(1 if failed else 0)
 
 

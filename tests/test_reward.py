@@ -165,6 +165,26 @@ def test_reward_model(endpoint, scripted, run_stage, write_rows, tmp_path):
     assert "question 0" in json.dumps(server.requests[0]) and "first 0" in json.dumps(server.requests[0])
 
 
+def test_a_reward_model_that_does_not_count_tokens(scripted, run_stage, write_rows, tmp_path):
+    for number, usage in enumerate(({}, {"usage": None}, {"usage": {}})):
+        server = scripted(lambda path, request: {"data": [{"score": 1.5}]} | usage)
+        code, out, err = run_stage(reward, *flags(server, write_rows(ROWS), tmp_path / f"out{number}", endpoint="/score"))
+        assert code == 0 and "6 of 6 rows" in out and "0 tokens read" in out, err
+
+
+def test_no_score_at_all_is_an_error_and_a_null_is_not_asked_for_again(scripted, run_stage, write_rows, tmp_path):
+    replies, path = iter(["Nice."] * 4), write_rows(ROWS[:2])
+    server = scripted(lambda path, request: says(next(replies, "Final score: 3")))
+    common = flags(server, path, tmp_path / "out", task=f"{ROOT}/toy/task.toml", verdict_retries=0)
+    for _ in range(2):
+        code, out, err = run_stage(reward, *common)
+        assert code == 1 and "0 of 4 answers have a score" in out and len(server.requests) == 4
+        assert "no reply of m had a verdict" in err and str(tmp_path / "out") in err and len(err.splitlines()) == 1
+    (tmp_path / "out").write_text((tmp_path / "out").read_text().splitlines(keepends=True)[0])  # the remedy
+    code, out, _ = run_stage(reward, *common)
+    assert code == 0 and "2 of 4 answers have a score" in out and len(server.requests) == 6
+
+
 def test_a_model_of_two_labels_is_no_reward_model(scripted, run_stage, write_rows, tmp_path):
     server = scripted(lambda path, request: {"data": [{"probs": [0.1, 0.9]}]} | USAGE)
     code, _, err = run_stage(reward, *flags(server, write_rows(ROWS), tmp_path / "out", endpoint="/classify"))
