@@ -791,10 +791,12 @@ def printable(text):
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
+def printable_tokens(tokenizer, ids):
+    return [printable(token.replace("\u0120", " ").replace("\u2581", " ").replace("\u010a", "\u23ce")) for token in tokenizer.convert_ids_to_tokens(ids)]
+
+
 def show_tokens(tokenizer, ids, colour):
-    tokens = (printable(token.replace("\u0120", " ").replace("\u2581", " ").replace("\u010a", "\u23ce"))
-              for token in tokenizer.convert_ids_to_tokens(ids))
-    return "|".join(f"\033[{colour}m{token}\033[0m" if sys.stdout.isatty() else token for token in tokens)
+    return "|".join(f"\033[{colour}m{token}\033[0m" if sys.stdout.isatty() else token for token in printable_tokens(tokenizer, ids))
 
 
 def show_report(path, pairs, report, tokenizer):

@@ -7,10 +7,10 @@
     ... --pairwise                                                the judge also compares with the base's answer, in both orders
     ... --self_refine                                             adds the SR baseline: the base criticises and rewrites its own answer
     python eval.py --data scored.jsonl --model out                held-out pairs: accuracy, margins, log-probabilities; needs no judge
-    python eval.py --curves out [out2 ...]                        curves.png of one training run or of several
+    python eval.py --curves out [out2 ...]                        eval/curves.png of one training run or of several
 
---out_dir gets answers.jsonl (every answer), eval.jsonl (with its score and the judge's raw reply), pairwise.jsonl and report.md. The same
-command goes on where a stopped one ended. No score is ever invented: what could not be judged is null, counted, and in no mean.
+--out_dir gets answers.jsonl (every answer), eval.jsonl (with its score and the judge's raw reply), pairwise.jsonl, report.md, curves.png.
+The same command goes on where a stopped one ended. What could not be judged is null, counted, and in no mean.
 """
 import argparse
 import importlib.util
@@ -458,13 +458,13 @@ def have_matplotlib():
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description="Judges and compares the answers of a base model and of its students.", allow_abbrev=False)
-    parser.add_argument("--curves", nargs="+", metavar="DIR", help="only draw the curves of these out_dirs of train.py into curves.png")
+    parser.add_argument("--curves", nargs="+", metavar="DIR", help="only draw the curves of these out_dirs of train.py, into --out_dir/curves.png")
     parser.add_argument("--model", nargs="+", default=[], help="the students: model folders or hub ids")
     parser.add_argument("--base_model", default=TOY_STUDENT, help="what they were before training, the reference (default: the toy student)")
     parser.add_argument("--prompts", help="held-out rows with a prompt")
     parser.add_argument("--data", help="held-out rows with chosen, rejected and, maybe, scores")
     parser.add_argument("--max_length", type=at_least(1), default=1024, help="tokens that a prompt and an answer of --data may have together")
-    parser.add_argument("--out_dir", default="eval")
+    parser.add_argument("--out_dir", default="eval", help="all that is written goes there (default: eval)")
     # the answers
     parser.add_argument("--max_new_tokens", type=at_least(1), default=256, help="tokens that an answer may have")
     parser.add_argument("--temperature", type=at_least(0, float), default=0.0, help="of sampling; 0 is greedy, 1 also gives the KL divergence")
@@ -498,8 +498,10 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     if args.curves:
-        draw_curves(args.curves, "curves.png")
-        print("curves.png")
+        path = os.path.join(args.out_dir, "curves.png")
+        os.makedirs(args.out_dir, exist_ok=True)
+        draw_curves(args.curves, path)
+        print(path)
         return
 
     # Everything is checked before anything is computed.

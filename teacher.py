@@ -9,7 +9,7 @@
 Any OpenAI-compatible server will do; URL is such as http://127.0.0.1:8000/v1. A row is finished once its whole line stands in --out;
 after a crash, a kill or Ctrl-C the same command goes on from there, and another model or task is refused. Rows that failed for good go
 to <out>.failed.jsonl, and the next run tries them again. An answer that --max_tokens cut is kept, marked "length" under teacher.finish,
-and counted; nothing is trained on its row.
+and counted; unless only the critique was cut, train.py leaves the row out.
 
 From top to bottom: the client, the rows (both shared with reward.py), then the teacher itself.
 """

@@ -423,5 +423,6 @@ def test_curves_of_runs(run_train, run_stage, toy_rows, write_rows, tmp_path, mo
     for name in ("a", "b"):
         assert run_train("--data", path, "--max_steps", 2, "--max_new_tokens", 4, "--out_dir", tmp_path / name)[0] == 0
     monkeypatch.chdir(tmp_path)
-    code, out, err = run_stage(evaluation, "--curves", "a", "b")
-    assert (code, out) == (0, "curves.png\n") and (tmp_path / "curves.png").stat().st_size > 20_000, err
+    code, out, err = run_stage(evaluation, "--curves", "a", "b", "--out_dir", "pictures")
+    assert (code, out) == (0, "pictures/curves.png\n") and (tmp_path / "pictures" / "curves.png").stat().st_size > 20_000, err
+    assert run_stage(evaluation, "--curves", "a")[1] == "eval/curves.png\n"
