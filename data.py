@@ -311,7 +311,7 @@ PROMPT_FLOOR = 64  # tokens of the prompt that truncation leaves, before it turn
 
 
 def truncate(prompt_ids, chosen_ids, rejected_ids, max_length):
-    """Cuts a pair to max_length tokens a row: the prompt from the left down to PROMPT_FLOOR, then the answers from the right.
+    """Cuts a pair to max_length tokens per row: the prompt from the left down to PROMPT_FLOOR, then the answers from the right.
 
     Both answers keep the same prompt. A cut answer loses its end-of-turn token: nothing teaches the student to stop there.
     """
@@ -413,7 +413,7 @@ PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, -1  # the segments of a row
 @dataclass
 class Batch:
     """B pairs as R rows of T tokens, padded on the right, in one of collate's two layouts; N response tokens in all."""
-    shared: bool  # each prompt once; else one answer a row
+    shared: bool  # each prompt once; else one answer per row
     input_ids: "torch.Tensor"  # (R, T)
     segments: "torch.Tensor"  # (R, T) PROMPT, CHOSEN, REJECTED or PADDING
     position_ids: "torch.Tensor"  # (R, T) where a token stands in its own conversation, prompt + one answer
@@ -434,7 +434,7 @@ def send(tensor, device):
 def collate(pairs, shared=False):
     """A Batch of pairs. Places come from lengths, never from ids: a pad id that equals the eos id hides nothing.
 
-    shared=False   one answer a row, R = 2B      [prompt | chosen] of every pair, then [prompt | rejected] of every pair
+    shared=False   one answer per row, R = 2B      [prompt | chosen] of every pair, then [prompt | rejected] of every pair
     shared=True    each prompt once, R = B       [prompt | chosen | rejected]; both answers go on where the prompt ended,
                                                  so the prompt's last state predicts the first token of both
     """
@@ -792,7 +792,8 @@ def printable(text):
 
 
 def printable_tokens(tokenizer, ids):
-    return [printable(token.replace("\u0120", " ").replace("\u2581", " ").replace("\u010a", "\u23ce")) for token in tokenizer.convert_ids_to_tokens(ids)]
+    return [printable(token.replace("\u0120", " ").replace("\u2581", " ").replace("\u010a", "\u23ce"))
+            for token in tokenizer.convert_ids_to_tokens(ids)]
 
 
 def show_tokens(tokenizer, ids, colour):

@@ -6,7 +6,7 @@
     ... --temperature 1                                           sampled answers, and from them the KL divergence from the base
     ... --pairwise                                                the judge also compares with the base's answer, in both orders
     ... --self_refine                                             adds the SR baseline: the base criticises and rewrites its own answer
-    python eval.py --data scored.jsonl --model out                held-out pairs: accuracy, margins, log-probabilities; needs no judge
+    python eval.py --data held_out_scored.jsonl --model out       scored rows kept from training: accuracy, margins, log-probabilities
     python eval.py --curves out [out2 ...]                        eval/curves.png of one training run or of several
 
 --out_dir gets answers.jsonl (every answer), eval.jsonl (with its score and the judge's raw reply), pairwise.jsonl, report.md, curves.png.
@@ -270,7 +270,7 @@ def win_over_base(client, task, args, row):
 def bootstrap(statistic, *columns, resamples=2000, seed=0):
     """(value, low, high): a statistic of columns (N,) and its 95 % percentile interval over resampled rows.
 
-    statistic takes arrays (..., N), one a column, and reduces their last axis, as `mean` does. N is at least 1.
+    statistic takes arrays (..., N), one per column, and reduces their last axis, as `mean` does. N is at least 1.
     """
     columns = [np.asarray(column, dtype=float) for column in columns]
     indices = np.random.default_rng(seed).integers(len(columns[0]), size=(resamples, len(columns[0])))  # (resamples, N)
@@ -353,7 +353,7 @@ def pair_row(name, logps, reference, pairs):
 
 
 def notes_on(args, bar, answers, columns):
-    """What a reader of the tables has to know, a sentence a line."""
+    """What a reader of the tables has to know, one sentence per line."""
     lines = ["[low, high]: 95 % bootstrap interval over prompts or pairs; tokens: mean length of an answer"]
     if args.data:
         lines.append("log-ratio margin: the loss's margin before beta, nats; logp: log-probability of an answer, nats")
@@ -416,7 +416,7 @@ PANELS = (("loss", "loss, nats"), ("rewards/accuracies", "chosen ranked above re
 
 
 def draw_curves(folders, path):
-    """Draws the runs of train.py in some folders into one PNG, a colour a run: training as a thin line, held-out pairs as dots.
+    """Draws the runs of train.py in some folders into one PNG, one colour per run: training as a thin line, held-out pairs as dots.
 
     BadInput where a folder holds no run, or matplotlib is missing.
     """
@@ -554,7 +554,7 @@ def main(argv=None):
         compared, more = judge_rows(args, task, both, "pairwise.jsonl", "win", win_over_base)
         failed += more
 
-    # Columns of numbers, a table a behaviour, a report.
+    # Columns of numbers, one table per behaviour, a report.
     answers = {name: answers[name] for name in ("base", REFINED, *args.model) if name in answers}
     columns = {name: {"score": numbers(judged, answers[name], "score"), "kl": kl.get(name, np.full(len(rows), np.nan)),
                       "tokens": np.array([float(len(row["ids"])) for row in answers[name]]),

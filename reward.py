@@ -6,13 +6,13 @@
     python reward.py --task tasks/sycophancy.toml --data synthetic.jsonl --out scored.jsonl --base_url URL --model NAME
     python reward.py --endpoint /classify --data synthetic.jsonl --out scored.jsonl --base_url URL --model NAME
 
-With --task an LLM judges by the task's [judge] section, at temperature 0. With --endpoint a reward model gives one number a text:
+With --task an LLM judges by the task's [judge] section, at temperature 0. With --endpoint a reward model gives one number per text:
 vLLM's /classify, /score or /pooling, or /predict of text-embeddings-inference; URL is then such as http://127.0.0.1:8000. What
 happens after a crash or a failure is as in teacher.py.
 
-No score is ever invented. A judge's reply without a verdict is asked for again (--verdict_retries: at temperature 0.7 and with other
-seeds, for at temperature 0 it would only repeat itself). Then the score is null; the raw replies are kept under `judge`. The same
-command does not ask for a null score again: take the row's line out of --out, and it does.
+A judge's reply without a verdict is asked for again (--verdict_retries: at temperature 0.7 and with other seeds, for at temperature 0
+it would only repeat itself). Then the score is null, and the raw replies are kept under `judge`. The same command does not ask for a
+null score again: take the row's line out of --out, and it does.
 """
 import argparse
 import dataclasses
@@ -222,7 +222,7 @@ def report(path):
 def add_judge_flags(parser):
     """The flags of whoever has answers judged: this stage, and eval.py."""
     parser.add_argument("--verdict_retries", type=at_least(0), default=2, help="how often a judge is asked again whose reply has no verdict")
-    parser.add_argument("--samples", type=at_least(1), default=1, help="verdicts an answer, at temperature 0.7, averaged (default: one, at 0)")
+    parser.add_argument("--samples", type=at_least(1), default=1, help="verdicts per answer, at temperature 0.7, averaged (default: one, at 0)")
 
 
 def main(argv=None):

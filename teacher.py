@@ -184,7 +184,7 @@ def checked_rows(path, limit, check, added):
             raise BadInput(f"{where}: `id` is {json.dumps(row['id'])[:40]}; it must be text or a whole number, or be left out")
         name = str(row["id"])  # 1 and "1" would be hard to tell apart, and eval.py puts ids into longer ones
         if name in places:
-            raise BadInput(f"{where}: the id {json.dumps(row['id'])[:40]} is that of {places[name]} as well; each row needs an id, or a prompt, of its own")
+            raise BadInput(f"{where}: the id {json.dumps(row['id'])[:40]} is that of {places[name]} as well; each row needs its own id or prompt")
         places[name] = where
         yield where, row
 

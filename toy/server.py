@@ -126,7 +126,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(status, {"error": {"message": message, "type": "invalid_request_error", "code": status}})
 
     def log_message(self, *_):
-        pass  # no line a request
+        pass  # no line per request
 
 
 class Server(ThreadingHTTPServer):

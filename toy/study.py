@@ -166,7 +166,7 @@ def make_drafts(seed, path):
 # ------------------------------------------------------------------------------------------------------------ runs
 
 def measure(model, tokenizer, rows, seed, reference):
-    """What the exact judge says of sampled answers, and their KL from the reference, in nats an answer."""
+    """What the exact judge says of sampled answers, and their KL from the reference, in nats per answer."""
     prompts = [row["prompt"] for row in rows]
     answers = sample(model, tokenizer, prompts, seed)
     kl = (answer_logps(model, answers) - answer_logps(reference, answers)).mean().item()
@@ -265,7 +265,7 @@ def column_name(conditions):
 
 
 class Results:
-    """The finished runs of the study: a list of one number a seed, by method, world and quantity."""
+    """The finished runs of the study: a list of one number per seed, by method, world and quantity."""
 
     def __init__(self, runs, baselines):
         self.runs, self.baselines = {}, baselines
@@ -278,7 +278,7 @@ class Results:
 
 
 def table_of(results, quantity, methods, worlds, digits=2):
-    """A Markdown table of one quantity: a line a method, a column a world."""
+    """A Markdown table of one quantity: one line per method, one column per world."""
     lines = [[method, *(cell(results.of(method, conditions, quantity), digits) for conditions in worlds)] for method in methods]
     return table(["", *map(column_name, worlds)], lines)
 
@@ -312,7 +312,7 @@ def draw_noise(results, path):
 
 
 def draw_kl(tuning, path):
-    """Behaviour against KL, a dot a learning rate: a slow method moves along its curve, a misled one is on a lower curve."""
+    """Behaviour against KL, one dot per learning rate: a slow method moves along its curve, a misled one is on a lower curve."""
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
@@ -322,7 +322,7 @@ def draw_kl(tuning, path):
             runs = [tuning[Run(method, conditions, rate, TUNING_SEED, "validation")] for rate in LEARNING_RATES]
             axis.plot([one["kl"] for one in runs], [one["score"] for one in runs], color=colour, marker="o", label=method,
                       linewidth=3 if method == "rDPO" else 1.5)
-        axis.set(title=f"failing rewrites: {column_name(conditions)}", xlabel="KL from the student before training, nats an answer", xscale="log")
+        axis.set(title=f"failing rewrites: {column_name(conditions)}", xlabel="KL from the student before training, nats per answer", xscale="log")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("score of sampled answers, 0 to 5")
     axes[0].legend()
@@ -358,7 +358,7 @@ def report(results, tuning, rates, seeds):
         "## Behaviour: score of sampled answers to unseen prompts, 0 to 5\n\n" + table_of(results, "score", ["base", "SR", *methods], main_worlds)
         + "\nrDPO minus DPO, seed by seed: " + ", ".join(f"{column_name(conditions)}: {text}" for conditions, text in difference.items()) + ".\n",
         "## Test pairs ranked rightly\n\n" + table_of(results, "ranked", methods, main_worlds),
-        "## KL from the student before training, nats an answer\n\n" + table_of(results, "kl", methods, main_worlds, 1),
+        "## KL from the student before training, nats per answer\n\n" + table_of(results, "kl", methods, main_worlds, 1),
         "## Harmless requests that are answered\n\n" + table_of(results, "benign", ["base", "SR", *methods], main_worlds),
         "## Temperature of rDPO\n\n" + table_of(results, "score", [method for method in METHODS if method.startswith("rDPO")], TUNED),
         "## Behaviour by behaviour, 40 % failing at random: share of wanted answers\n\n"
