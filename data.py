@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -55,11 +56,20 @@ def stop_at(error):
 
 
 def read_rows(path, on_bad=stop_at):
-    """The rows of a .jsonl file or of one JSON list, as [(where, row)], where being "file:line" for messages.
+    """All rows of a file at once, as of stream_rows."""
+    return list(stream_rows(path, on_bad))
+
+
+def stream_rows(path, on_bad=stop_at):
+    """Each ("file:line", row) of a .jsonl file, one line in memory at a time, or of one JSON list, which is read whole.
 
     What is no JSON object goes to on_bad(BadInput), which raises or counts; a file that cannot be read raises BadInput.
     """
-    return parse_rows(read_text(path, "the path of a .jsonl file or of a JSON list"), path, on_bad)
+    try:
+        with open(path, "rb") as file:
+            yield from parse_rows((decode(line, path, number) for number, line in enumerate(file, 1)), path, on_bad)
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}; give the path of a .jsonl file or of a JSON list") from error
 
 
 def read_text(path, wanted):
@@ -71,42 +81,62 @@ def read_text(path, wanted):
         raise BadInput(f"{path}: {error.strerror}; give {wanted}") from error
 
 
-def decode(content, path):
+def decode(content, path, line=1):
+    """The text of bytes that begin on a line of a file. BadInput names the line that is not UTF-8."""
     try:
         return content.removeprefix(b"\xef\xbb\xbf").decode("utf-8")  # without the byte-order mark that some editors write
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        line += content.count(b"\n", 0, error.start)
         raise BadInput(f"{path}:{line}: not UTF-8; save the file as UTF-8") from error
 
 
-def parse_rows(text, path, on_bad=stop_at):
-    """read_rows of a text that is at hand; path is what messages call it."""
-    if not text.strip():
-        raise BadInput(f"{path}: the file is empty; give a file with one JSON object a line")
+def parse_rows(lines, path, on_bad=stop_at):
+    """stream_rows of an iterable of lines; path is what messages call it."""
+    numbered = enumerate(lines, 1)
+    number, first = next(((number, line) for number, line in numbered if line.strip()), (0, ""))
+    if not first:
+        raise BadInput(f"{path}: the file is empty; give a file with one JSON object per line")
+    if first.lstrip().startswith("["):
+        values = parse_list(first + "".join(line for _, line in numbered), path, number)
+    else:
+        values = parse_lines(itertools.chain([(number, first)], numbered), path, on_bad)
+    for where, row in values:
+        if isinstance(row, dict):
+            yield where, row
+        else:
+            on_bad(BadInput(f"{where}: a row must be a JSON object, not a {type(row).__name__}; see data.py for its keys"))
 
-    # Value after value, with the line on which each starts. Lines and lists differ in what stands between the values.
-    decoder, is_list = json.JSONDecoder(), text.lstrip().startswith("[")
-    between = re.compile(r"[\s,]*" if is_list else r"\s*")
-    rows, position, line, counted = [], text.index("[") + 1 if is_list else 0, 1, 0
-    while (position := between.match(text, position).end()) < len(text) and not (is_list and text[position] == "]"):
-        line, counted = line + text.count("\n", counted, position), position
-        where = f"{path}:{line}"
+
+def parse_lines(numbered, path, on_bad):
+    """Each ("file:line", value) of numbered lines that are not blank; one that is not JSON goes to on_bad."""
+    for number, line in numbered:
+        if not line.strip():
+            continue
         try:
-            row, position = decoder.raw_decode(text, position)
-            if isinstance(row, dict):
-                rows.append((where, row))
-            else:
-                on_bad(BadInput(f"{where}: a row must be a JSON object, not a {type(row).__name__}; see data.py for its keys"))
-        except json.JSONDecodeError as error:
-            torn = BadInput(f"{where}: not JSON ({error.msg}); each row must be one whole JSON object")
-            if is_list:
-                raise torn from error
-            on_bad(torn)
-            end_of_line = text.find("\n", position)
-            position = end_of_line if end_of_line >= 0 else len(text)
-    if is_list and not text[position:].startswith("]"):
+            value = json.loads(line)
+        except ValueError as error:
+            on_bad(not_json(f"{path}:{number}", error))
+        else:
+            yield f"{path}:{number}", value
+
+
+def parse_list(text, path, line):
+    """Each ("file:line", value) of a JSON list whose text begins on a line of a file."""
+    decoder, between, position, counted = json.JSONDecoder(), re.compile(r"[\s,]*"), text.index("[") + 1, 0
+    while (position := between.match(text, position).end()) < len(text) and text[position] != "]":
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except ValueError as error:
+            raise not_json(f"{path}:{line}", error) from error
+        yield f"{path}:{line}", value
+    if position == len(text):
         raise BadInput(f"{path}: the JSON list has no end; the file must be whole")
-    return rows
+
+
+def not_json(where, error):
+    reason = str(error).split(": line ")[0]  # json counts from the value on: the line is in `where`
+    return BadInput(f"{where}: not JSON ({reason}); each row must be one whole JSON object, on one line unless it stands in a list")
 
 
 def canonical(row):
@@ -221,6 +251,11 @@ class Pair:
     score_chosen: float | None
     score_rejected: float | None
 
+    @property
+    def gap(self):
+        """By how much the chosen answer scores higher, nan where a score is missing."""
+        return math.nan if None in (self.score_chosen, self.score_rejected) else self.score_chosen - self.score_rejected
+
 
 def prompt_text(tokenizer, prompt):
     """What the model reads before it answers: by the tokenizer's chat template, else `<bos>prompt` and an empty line."""
@@ -276,7 +311,7 @@ PROMPT_FLOOR = 64  # tokens of the prompt that truncation leaves, before it turn
 
 
 def truncate(prompt_ids, chosen_ids, rejected_ids, max_length):
-    """Cuts a pair to max_length tokens a row: the prompt from the left down to PROMPT_FLOOR, then the answers from the right.
+    """Cuts a pair to max_length tokens per row: the prompt from the left down to PROMPT_FLOOR, then the answers from the right.
 
     Both answers keep the same prompt. A cut answer loses its end-of-turn token: nothing teaches the student to stop there.
     """
@@ -312,7 +347,8 @@ def load_pairs(path, tokenizer, max_length, needs_scores, skip_bad_rows=False):
     """(pairs, report) of a file of preference rows: read, checked, tokenised, truncated.
 
     A bad row raises BadInput, or is counted with skip_bad_rows. Left out and counted in any case: a chosen answer equal to
-    the rejected one, a row with a null score where needs_scores, a row whose answer has no token left after truncation.
+    the rejected one, an answer that the teacher did not finish, a row with a null score where needs_scores, a row whose answer
+    has no token left after truncation.
     """
     report, pairs = Report(), []
 
@@ -322,7 +358,7 @@ def load_pairs(path, tokenizer, max_length, needs_scores, skip_bad_rows=False):
         report.rows += 1
         report.drop("bad row", str(error))
 
-    for where, row in read_rows(path, on_bad):
+    for where, row in stream_rows(path, on_bad):
         try:
             pair = encode_pair(canonical(row), where, tokenizer, max_length, needs_scores, report)
         except BadInput as error:
@@ -345,6 +381,10 @@ def encode_pair(row, where, tokenizer, max_length, needs_scores, report):
                        "chat template; give --model an instruct model, or plain-text prompts")
     if needs_scores and (score_chosen is None or score_rejected is None):
         return report.drop("no score", where)
+    # The end-of-turn token that every answer gets would teach the student to stop in mid-sentence.
+    finish = row["teacher"].get("finish") if isinstance(row.get("teacher"), dict) else None  # of the answer, its critique, the rewrite
+    if isinstance(finish, list) and len(finish) == 3 and "length" in (finish[0], finish[2]):
+        return report.drop("an answer was cut by the teacher's --max_tokens", where)
     if chosen == rejected:
         return report.drop("chosen equals rejected", where)
     try:
@@ -373,7 +413,7 @@ PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, -1  # the segments of a row
 @dataclass
 class Batch:
     """B pairs as R rows of T tokens, padded on the right, in one of collate's two layouts; N response tokens in all."""
-    shared: bool  # each prompt once; else one answer a row
+    shared: bool  # each prompt once; else one answer per row
     input_ids: "torch.Tensor"  # (R, T)
     segments: "torch.Tensor"  # (R, T) PROMPT, CHOSEN, REJECTED or PADDING
     position_ids: "torch.Tensor"  # (R, T) where a token stands in its own conversation, prompt + one answer
@@ -394,7 +434,7 @@ def send(tensor, device):
 def collate(pairs, shared=False):
     """A Batch of pairs. Places come from lengths, never from ids: a pad id that equals the eos id hides nothing.
 
-    shared=False   one answer a row, R = 2B      [prompt | chosen] of every pair, then [prompt | rejected] of every pair
+    shared=False   one answer per row, R = 2B      [prompt | chosen] of every pair, then [prompt | rejected] of every pair
     shared=True    each prompt once, R = B       [prompt | chosen | rejected]; both answers go on where the prompt ended,
                                                  so the prompt's last state predicts the first token of both
     """
@@ -521,6 +561,8 @@ def load_task(path):
         ("judge.template", "{question}" in judge.template and "{answer}" in judge.template, "must hold both {question} and {answer}"),
         ("judge.pairwise", not judge.pairwise or all(slot in judge.pairwise for slot in ("{question}", "{first}", "{second}")),
          "must hold {question}, {first} and {second}"),
+        ("judge.verdict", judge.verdict.strip().rstrip(": ").casefold() in judge.template.casefold(),
+         "must be in `judge.template`, where the judge is told how to end: no other last line counts"),
         ("judge.lowest", -math.inf < judge.lowest < judge.highest < math.inf, f"must be below `judge.highest`, {judge.highest}"),
         ("judge.good", judge.good in ("high", "low", "zero"), 'must be "high", "low" or "zero"')]
     if prompts:
@@ -605,7 +647,7 @@ def parse_public(text, name, format):
     if format == "rows":
         return parse_pages(text, name)[0]
     if format != "csv":
-        return [row for _, row in parse_rows(text, name)]
+        return [row for _, row in parse_rows(io.StringIO(text), name)]
     reader, rows = csv.DictReader(io.StringIO(text, newline=""), strict=True), []
     try:
         for row in reader:
@@ -619,10 +661,10 @@ def parse_public(text, name, format):
 
 def parse_pages(text, name):
     """(rows, how many there are in all) of pages of a rows API, {"rows": [{"row": {...}}], "num_rows_total": 1000}."""
-    pages = [page for _, page in parse_rows(text, name)]
+    pages = [page for _, page in parse_rows(io.StringIO(text), name)]
     try:
         return [item["row"] for page in pages for item in page["rows"]], int(pages[-1]["num_rows_total"])
-    except (KeyError, TypeError) as error:
+    except (LookupError, TypeError) as error:
         raise BadInput(f"{name}: no page of a rows API; it must hold `rows`, each with a `row`, and `num_rows_total`") from error
 
 
@@ -749,10 +791,13 @@ def printable(text):
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
+def printable_tokens(tokenizer, ids):
+    return [printable(token.replace("\u0120", " ").replace("\u2581", " ").replace("\u010a", "\u23ce"))
+            for token in tokenizer.convert_ids_to_tokens(ids)]
+
+
 def show_tokens(tokenizer, ids, colour):
-    tokens = (printable(token.replace("\u0120", " ").replace("\u2581", " ").replace("\u010a", "\u23ce"))
-              for token in tokenizer.convert_ids_to_tokens(ids))
-    return "|".join(f"\033[{colour}m{token}\033[0m" if sys.stdout.isatty() else token for token in tokens)
+    return "|".join(f"\033[{colour}m{token}\033[0m" if sys.stdout.isatty() else token for token in printable_tokens(tokenizer, ids))
 
 
 def show_report(path, pairs, report, tokenizer):
@@ -764,7 +809,7 @@ def show_report(path, pairs, report, tokenizer):
     for name, lengths in (("prompt", [len(pair.prompt_ids) for pair in pairs]), ("chosen", [len(pair.chosen_ids) for pair in pairs]),
                           ("rejected", [len(pair.rejected_ids) for pair in pairs])):
         print(f"{name:9s} {min(lengths):7d} {int(np.median(lengths)):7d} {max(lengths):7d}")
-    gaps = [pair.score_chosen - pair.score_rejected for pair in pairs if None not in (pair.score_chosen, pair.score_rejected)]
+    gaps = [pair.gap for pair in pairs if not math.isnan(pair.gap)]
     if gaps:
         print()
         show_gaps(gaps, "scored pairs")

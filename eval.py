@@ -6,15 +6,15 @@
     ... --temperature 1                                           sampled answers, and from them the KL divergence from the base
     ... --pairwise                                                the judge also compares with the base's answer, in both orders
     ... --self_refine                                             adds the SR baseline: the base criticises and rewrites its own answer
-    python eval.py --data scored.jsonl --model out                held-out pairs: accuracy, margins, log-probabilities; needs no judge
-    python eval.py --curves out [out2 ...]                        curves.png of one training run or of several
+    python eval.py --data held_out_scored.jsonl --model out       scored rows kept from training: accuracy, margins, log-probabilities
+    python eval.py --curves out [out2 ...]                        eval/curves.png of one training run or of several
 
---out_dir gets answers.jsonl (every answer), eval.jsonl (with its score and the judge's raw reply), pairwise.jsonl and report.md. The same
-command goes on where a stopped one ended. No score is ever invented: what could not be judged is null, counted, and in no mean.
+--out_dir gets answers.jsonl (every answer), eval.jsonl (with its score and the judge's raw reply), pairwise.jsonl, report.md, curves.png.
+The same command goes on where a stopped one ended. What could not be judged is null, counted, and in no mean.
 """
 import argparse
-import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -33,10 +33,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 from transformers.utils import logging as transformers_logging
 
 from data import (TOY_STUDENT, BadInput, Pair, as_messages, canonical, check_model_name, collate, first_line, load_pairs, load_task, load_tokenizer,
-                  longest_row, printable, prompt_text, read_rows, read_text, run, split_by_tokens, write_whole)
+                  longest_row, printable, prompt_text, read_text, run, split_by_tokens, stream_rows, write_whole)
 from rdpo import reference_fingerprint, sequence_logps
-from reward import ENDPOINTS, add_judge_flags, ask_which, better, question_of, score_answer
-from teacher import Client, add_client_flags, at_least, check_prompt, checked_rows, digest, read_finished, run_rows, stream_rows
+from reward import ENDPOINTS, add_judge_flags, ask_which, better, judge_name, question_of, score_answer
+from teacher import Client, add_client_flags, at_least, check_prompt, checked_rows, digest, read_finished, run_rows
 
 
 def load_model(model, dtype=torch.float32):
@@ -159,16 +159,6 @@ REFINED = "base + self-refine"
 ANSWERED = ("turns", "answer", "finish", "prompt_ids", "ids")
 
 
-def check_prompts(path):
-    """The rows of a file of prompts. BadInput for one without a prompt that can be sent, or with another's id."""
-    rows = {}
-    for where, row in checked_rows(path, None, check_prompt, ()):
-        if row["id"] in rows:
-            raise BadInput(f"{where}: the id {json.dumps(row['id'])[:40]} is there twice; each row needs an id, or a prompt, of its own")
-        rows[row["id"]] = row
-    return list(rows.values())
-
-
 def converse(model, tokenizer, rows, task, args):
     """A list of Answers for each turn: one turn; or with a task three, as of a teacher: the answer, its critique, the rewrite."""
     prompts, turns = [row["prompt"] for row in rows], []
@@ -194,7 +184,7 @@ def answer_rows(path, system, model, tokenizer, rows, task, args):
                  "max_new_tokens": args.max_new_tokens} | ({"asked": [task.critique, task.revision]} if task else {})
     rows = [{"id": f"{system}/{row['id']}", "row": row["id"], "system": system, "made_with": made_with}
             | {name: row[name] for name in ("behaviour", "prompt", "question") if name in row} for row in rows]
-    finished = read_finished(path, ANSWERED)
+    finished = read_finished(path, ANSWERED, {})
     for row in rows:
         if finished.get(row["id"], digest(row, ANSWERED)) != digest(row, ANSWERED):
             raise BadInput(f"{path}: holds {json.dumps(row['id'])[:60]} by other weights, settings or prompt; give another --out_dir")
@@ -236,7 +226,7 @@ def warn_of_overlap(folder, path, prompts):
     def name(prompt):
         return json.dumps(as_messages(prompt))
 
-    seen = {name(canonical(row).get("prompt")) for _, row in read_rows(source, on_bad=lambda error: None)}
+    seen = {name(canonical(row).get("prompt")) for _, row in stream_rows(source, on_bad=lambda error: None)}
     count = sum(name(prompt) in seen for prompt in prompts)
     if count:
         print(f"warning: {count} of {len(prompts)} prompts of {path} are in {source}, which {folder} was trained on "
@@ -246,29 +236,22 @@ def warn_of_overlap(folder, path, prompts):
 # ------------------------------------------------------------------------------------------------------- judging
 
 
-def judge_rows(args, task, source, name, key, ask):
-    """({id: row} with what the judge made of each row of `source`, how many rows failed), by reward.py's own way, into out_dir/name.
+def judge_rows(args, task, rows, name, key, ask):
+    """({id: row} with what the judge made of each row, how many rows failed), by reward.py's own way, into out_dir/name.
 
-    ask(client, task, args, row) gives the number to keep under `key`, or None, and what was said. BadInput where another judge began the file.
+    ask(client, task, args, row) gives the number to keep under `key`, or None, and what was said.
     """
-    path = os.path.join(args.out_dir, name)
+    path, source = os.path.join(args.out_dir, name), os.path.join(args.out_dir, f"asked-{name}")
+    write_whole(source, "".join(json.dumps(row) + "\n" for row in rows))
     args = argparse.Namespace(**vars(args) | {"model": args.judge_model, "out": path, "limit": None, "show": False})
-    judge = {"model": args.model} | ({"endpoint": args.endpoint} if args.endpoint else {"task": digest(dataclasses.asdict(task.judge), ())})
-    if read_finished(path, (key, "judge")) and any(row["judge"] | judge != row["judge"] for _, row in stream_rows(path)):
-        raise BadInput(f"{path}: another judge began it; give the same --task and --judge_model, another --out_dir, or remove that file")
     client = Client(args)
 
     def work(row):
         number, said = ask(client, task, args, row)
-        return row | {key: number, "judge": judge | {"said": said}}
+        return row | {key: number, "judge": {"said": said}}
 
-    failed = run_rows(client, args, source, (key, "judge"), check_prompt, work, None)
+    failed = run_rows(client, args, source, (key, "judge"), judge_name(task, args), check_prompt, work, None)
     return {row["id"]: row for _, row in stream_rows(path)} if os.path.getsize(path) else {}, failed
-
-
-def score(client, task, args, row):
-    """(score or None, what was said) of a row's answer."""
-    return score_answer(client, task, args, row, row["answer"])
 
 
 def win_over_base(client, task, args, row):
@@ -287,7 +270,7 @@ def win_over_base(client, task, args, row):
 def bootstrap(statistic, *columns, resamples=2000, seed=0):
     """(value, low, high): a statistic of columns (N,) and its 95 % percentile interval over resampled rows.
 
-    statistic takes arrays (..., N), one a column, and reduces their last axis, as `mean` does. N is at least 1.
+    statistic takes arrays (..., N), one per column, and reduces their last axis, as `mean` does. N is at least 1.
     """
     columns = [np.asarray(column, dtype=float) for column in columns]
     indices = np.random.default_rng(seed).integers(len(columns[0]), size=(resamples, len(columns[0])))  # (resamples, N)
@@ -317,8 +300,7 @@ PAIR_HEAD = ("model", "pairs", "chosen first %", "agrees with scores %", "log-ra
 
 def numbers(judged, answers, key):
     """A column (N,) of what the judge made of the answers, nan where there is none."""
-    found = (judged.get(row["id"], {}).get(key) for row in answers)
-    return np.array([np.nan if number is None else number for number in found], dtype=float)
+    return np.array([judged.get(row["id"], {}).get(key) for row in answers], dtype=float)
 
 
 def behaviours(rows, task):
@@ -365,13 +347,13 @@ def pair_row(name, logps, reference, pairs):
         return (name, str(len(pairs)), "-", "-", "-", *columns)
     margins = (logps - reference).double().numpy() @ [1, -1]  # (P,) the margin of the loss before beta
     side = np.where(abs(margins) < 1e-3, 0, np.sign(margins))  # 0: no preference yet, counted as half right
-    gaps = np.array([np.nan if None in (pair.score_chosen, pair.score_rejected) else pair.score_chosen - pair.score_rejected for pair in pairs])
+    gaps = np.array([pair.gap for pair in pairs])
     agrees = 50 * (1 + side * np.where(gaps == 0, np.nan, np.sign(gaps)))  # nan: no score, or a tie
     return (name, str(len(pairs)), cell(".1f", mean, 50 * (1 + side)), cell(".1f", mean, agrees), cell("+.2f", mean, margins), *columns)
 
 
 def notes_on(args, bar, answers, columns):
-    """What a reader of the tables has to know, a sentence a line."""
+    """What a reader of the tables has to know, one sentence per line."""
     lines = ["[low, high]: 95 % bootstrap interval over prompts or pairs; tokens: mean length of an answer"]
     if args.data:
         lines.append("log-ratio margin: the loss's margin before beta, nats; logp: log-probability of an answer, nats")
@@ -434,7 +416,7 @@ PANELS = (("loss", "loss, nats"), ("rewards/accuracies", "chosen ranked above re
 
 
 def draw_curves(folders, path):
-    """Draws the runs of train.py in some folders into one PNG, a colour a run: training as a thin line, held-out pairs as dots.
+    """Draws the runs of train.py in some folders into one PNG, one colour per run: training as a thin line, held-out pairs as dots.
 
     BadInput where a folder holds no run, or matplotlib is missing.
     """
@@ -448,7 +430,7 @@ def draw_curves(folders, path):
     for number, folder in enumerate(folders):
         args, metrics = (os.path.join(folder, name) for name in ("args.json", "metrics.jsonl"))
         beta = json.loads(read_text(args, "the out_dir of a run of train.py"))["beta"]
-        lines = [line for _, line in read_rows(metrics, on_bad=lambda error: None)]  # a killed run may have left its last line torn
+        lines = [line for _, line in stream_rows(metrics, on_bad=lambda error: None)]  # a killed run may have left its last line torn
         training, held_out = ([line for line in lines if key in line] for key in ("loss", "eval/loss"))
         for line in held_out:
             line["eval/log-ratio"] = (line["eval/rewards/chosen"] + line["eval/rewards/rejected"]) / 2 / beta
@@ -476,13 +458,13 @@ def have_matplotlib():
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description="Judges and compares the answers of a base model and of its students.", allow_abbrev=False)
-    parser.add_argument("--curves", nargs="+", metavar="DIR", help="only draw the curves of these out_dirs of train.py into curves.png")
+    parser.add_argument("--curves", nargs="+", metavar="DIR", help="only draw the curves of these out_dirs of train.py, into --out_dir/curves.png")
     parser.add_argument("--model", nargs="+", default=[], help="the students: model folders or hub ids")
     parser.add_argument("--base_model", default=TOY_STUDENT, help="what they were before training, the reference (default: the toy student)")
     parser.add_argument("--prompts", help="held-out rows with a prompt")
     parser.add_argument("--data", help="held-out rows with chosen, rejected and, maybe, scores")
     parser.add_argument("--max_length", type=at_least(1), default=1024, help="tokens that a prompt and an answer of --data may have together")
-    parser.add_argument("--out_dir", default="eval")
+    parser.add_argument("--out_dir", default="eval", help="all that is written goes there (default: eval)")
     # the answers
     parser.add_argument("--max_new_tokens", type=at_least(1), default=256, help="tokens that an answer may have")
     parser.add_argument("--temperature", type=at_least(0, float), default=0.0, help="of sampling; 0 is greedy, 1 also gives the KL divergence")
@@ -516,8 +498,10 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     if args.curves:
-        draw_curves(args.curves, "curves.png")
-        print("curves.png")
+        path = os.path.join(args.out_dir, "curves.png")
+        os.makedirs(args.out_dir, exist_ok=True)
+        draw_curves(args.curves, path)
+        print(path)
         return
 
     # Everything is checked before anything is computed.
@@ -528,7 +512,8 @@ def main(argv=None):
         Client(args)  # a wrong address or a missing key shows now, not after the answers
     for folder in (args.base_model, *args.model):
         check_model_name(folder)
-    rows, tokenizer = check_prompts(args.prompts) if args.prompts else [], load_tokenizer(args.base_model)
+    rows = [row for _, row in checked_rows(args.prompts, None, check_prompt, ())] if args.prompts else []
+    tokenizer = load_tokenizer(args.base_model)
     vocabulary = tokenizer.get_vocab()
     pairs, report = load_pairs(args.data, tokenizer, args.max_length, needs_scores=False) if args.data else ([], None)
     for folder in args.model:
@@ -561,16 +546,15 @@ def main(argv=None):
     # The judge, by the way of stage 2.
     judged, compared, failed = {}, {}, 0
     if args.base_url:
-        judged, failed = judge_rows(args, task, path, "eval.jsonl", "score", score)
+        judged, failed = judge_rows(args, task, itertools.chain(*answers.values()), "eval.jsonl", "score",
+                                    lambda client, task, args, row: score_answer(client, task, args, row, row["answer"]))
     if args.pairwise:
-        source = os.path.join(args.out_dir, "pairs.jsonl")
         both = [{name: row[name] for name in ("id", "row", "system", "prompt", "question", "answer") if name in row} | {"base": base["answer"]}
                 for name, own in answers.items() if name != "base" for row, base in zip(own, answers["base"])]
-        write_whole(source, "".join(json.dumps(row) + "\n" for row in both))
-        compared, more = judge_rows(args, task, source, "pairwise.jsonl", "win", win_over_base)
+        compared, more = judge_rows(args, task, both, "pairwise.jsonl", "win", win_over_base)
         failed += more
 
-    # Columns of numbers, a table a behaviour, a report.
+    # Columns of numbers, one table per behaviour, a report.
     answers = {name: answers[name] for name in ("base", REFINED, *args.model) if name in answers}
     columns = {name: {"score": numbers(judged, answers[name], "score"), "kl": kl.get(name, np.full(len(rows), np.nan)),
                       "tokens": np.array([float(len(row["ids"])) for row in answers[name]]),

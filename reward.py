@@ -1,17 +1,18 @@
 """Stage 2, the reward: a model that is not the teacher scores both answers of every row. It catches rewrites that are no better.
 
     synthetic.jsonl  {"id", "prompt", "rejected", "chosen", ...}
-    scored.jsonl     + "score_rejected", "score_chosen": numbers, higher is better, or null; "judge": {model, the raw replies}
+    scored.jsonl     + "score_rejected", "score_chosen": numbers, higher is better, or null; "judge": {model, task, the raw replies}
 
     python reward.py --task tasks/sycophancy.toml --data synthetic.jsonl --out scored.jsonl --base_url URL --model NAME
     python reward.py --endpoint /classify --data synthetic.jsonl --out scored.jsonl --base_url URL --model NAME
 
-With --task an LLM judges by the task's [judge] section, at temperature 0. With --endpoint a reward model gives one number a text:
+With --task an LLM judges by the task's [judge] section, at temperature 0. With --endpoint a reward model gives one number per text:
 vLLM's /classify, /score or /pooling, or /predict of text-embeddings-inference; URL is then such as http://127.0.0.1:8000. What
 happens after a crash or a failure is as in teacher.py.
 
-No score is ever invented. A judge's reply without a verdict is asked for again (--verdict_retries: at temperature 0.7 and with other
-seeds, for at temperature 0 it would only repeat itself). Then the score is null; the raw replies are kept under `judge`.
+A judge's reply without a verdict is asked for again (--verdict_retries: at temperature 0.7 and with other seeds, for at temperature 0
+it would only repeat itself). Then the score is null, and the raw replies are kept under `judge`. The same command does not ask for a
+null score again: take the row's line out of --out, and it does.
 """
 import argparse
 import dataclasses
@@ -22,8 +23,8 @@ import statistics
 import sys
 from collections import Counter
 
-from data import check_pair, load_task, printable, run, show_gaps
-from teacher import Client, RowFailed, add_flags, at_least, chat, check_prompt, run_rows, stream_rows
+from data import check_pair, load_task, printable, run, show_gaps, stream_rows
+from teacher import Client, RowFailed, add_flags, at_least, chat, check_prompt, digest, run_rows
 
 ADDED = ("score_rejected", "score_chosen", "judge")
 
@@ -134,7 +135,8 @@ def ask_reward_model(client, args, question, answer):
         numbers = numbers_of(reply)
         if not all(math.isfinite(number) for number in numbers):
             raise ValueError("not a number")
-        client.count(tokens_in=reply["usage"]["prompt_tokens"] if isinstance(reply, dict) else 0)
+        usage = isinstance(reply, dict) and reply.get("usage") or {}  # not every server counts tokens
+        client.count(tokens_in=usage.get("prompt_tokens") or 0)
         return numbers
 
     numbers = client.post(client.base_url.removesuffix("/v1") + args.endpoint, {"model": args.model} | body(question, answer), read)
@@ -161,6 +163,11 @@ def question_of(row):
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in row["prompt"])
 
 
+def judge_name(task, args):
+    """What scores are made with, as their rows keep it: no file mixes the scores of two judges."""
+    return {"model": args.model} | ({"endpoint": args.endpoint} if args.endpoint else {"task": digest(dataclasses.asdict(task.judge), ())})
+
+
 def score_answer(client, task, args, row, answer):
     """(score or None, what was said) of an answer to a row's question: by the reward model at --endpoint, else by the task's judge."""
     if args.endpoint:
@@ -171,7 +178,7 @@ def score_answer(client, task, args, row, answer):
 
 def score_row(client, task, args, row):
     """The row with both scores and what the judge said."""
-    scores, said = {}, {"model": args.model} | ({"endpoint": args.endpoint} if args.endpoint else {})
+    scores, said = {}, {}
     for name in ("rejected", "chosen"):
         answer = row[name] if isinstance(row[name], str) else row[name][0]["content"]
         scores["score_" + name], said[name] = score_answer(client, task, args, row, answer)
@@ -189,7 +196,7 @@ def show_row(row):
 
 
 def report(path):
-    """Prints what the scores in a file look like, all runs that wrote it taken together."""
+    """Prints what the scores in a file look like, all runs that wrote it taken together; returns how many there are."""
     gaps, counts, spreads = [], Counter(), []
     for _, row in stream_rows(path):
         scores = [row["score_chosen"], row["score_rejected"]]
@@ -209,12 +216,13 @@ def report(path):
               f"standard deviation {statistics.fmean(spreads):.2f} on average")
     if gaps:
         show_gaps(gaps, "rows")
+    return counts["read"]
 
 
 def add_judge_flags(parser):
     """The flags of whoever has answers judged: this stage, and eval.py."""
     parser.add_argument("--verdict_retries", type=at_least(0), default=2, help="how often a judge is asked again whose reply has no verdict")
-    parser.add_argument("--samples", type=at_least(1), default=1, help="verdicts an answer, at temperature 0.7, averaged (default: one, at 0)")
+    parser.add_argument("--samples", type=at_least(1), default=1, help="verdicts per answer, at temperature 0.7, averaged (default: one, at 0)")
 
 
 def main(argv=None):
@@ -227,9 +235,12 @@ def main(argv=None):
     add_judge_flags(parser)
     args = parser.parse_args(argv)
     task, client = load_task(args.task) if args.task else None, Client(args)
-    failed = run_rows(client, args, args.data, ADDED, check_row, lambda row: score_row(client, task, args, row), show_row)
-    if os.path.getsize(args.out):  # else no row was ever finished
-        report(args.out)
+    failed = run_rows(client, args, args.data, ADDED, judge_name(task, args), check_row,
+                      lambda row: score_row(client, task, args, row), show_row)
+    if os.path.getsize(args.out) and not report(args.out):  # an empty file: no row was ever finished
+        print(f"error: no reply of {args.model} had a verdict; {args.out} has what it said: do --task and --data match, is --max_tokens large "
+              "enough? Remove that file to have it judged again", file=sys.stderr)
+        failed = True
     sys.exit(1 if failed else 0)
 
 

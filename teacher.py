@@ -1,14 +1,15 @@
 """Stage 1, the teacher: an LLM answers each prompt, criticises its own answer and rewrites it. No human labels anything.
 
     prompts.jsonl    {"id", "prompt", ...}
-    synthetic.jsonl  + "rejected": the first answer, "critique", "chosen": the rewrite, "teacher": {model, finish, tokens}
+    synthetic.jsonl  + "rejected": the first answer, "critique", "chosen": the rewrite, "teacher": {model, task, finish, tokens}
 
     python teacher.py --task tasks/sycophancy.toml --prompts prompts.jsonl --out synthetic.jsonl --base_url URL --model NAME
     ... --limit 3 --show        only the first three prompts, whole conversations printed: read them before spending money
 
 Any OpenAI-compatible server will do; URL is such as http://127.0.0.1:8000/v1. A row is finished once its whole line stands in --out;
-after a crash, a kill or Ctrl-C the same command goes on from there. Rows that failed for good go to <out>.failed.jsonl, and the next
-run tries them again. An answer that --max_tokens cut is kept, marked "length" under teacher.finish, and counted.
+after a crash, a kill or Ctrl-C the same command goes on from there, and another model or task is refused. Rows that failed for good go
+to <out>.failed.jsonl, and the next run tries them again. An answer that --max_tokens cut is kept, marked "length" under teacher.finish,
+and counted; unless only the critique was cut, train.py leaves the row out.
 
 From top to bottom: the client, the rows (both shared with reward.py), then the teacher itself.
 """
@@ -30,7 +31,7 @@ from urllib.parse import urlsplit
 import requests
 from tqdm import tqdm
 
-from data import BadInput, as_messages, canonical, is_chat, load_task, printable, read_rows, run
+from data import BadInput, as_messages, canonical, is_chat, load_task, printable, run, stream_rows
 
 # ----------------------------------------------------------------------------------------------------- the client
 
@@ -82,6 +83,7 @@ class Client:
         Asks again, waiting longer each time, after what may pass: no answer, 408, 409, 429, 5xx (as long as Retry-After says), and a
         reply that `read` cannot read (cut, not JSON, null). RowFailed once the retries are used up, or at once where the server
         refuses this request (another 4xx). BadInput where it would refuse every one (wrong key, model, address), or never answers.
+        A 403 is a wrong key, or else moderation of this prompt: it tells of the key only while no request has been granted.
         """
         began = time.monotonic()
         for attempt in range(self.retries + 1):
@@ -99,13 +101,15 @@ class Client:
                 content = response.content.replace(self.key.encode(), b"[key]") if self.key else response.content
                 self.count(answered=1)
                 if response.status_code == 200:
+                    self.count(granted=1)
                     try:
                         return read(json.loads(content))
                     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                         reason = f"{url} answered with something else than it should: {server_message(content)}"
                 else:
                     reason = f"{url} answered {response.status_code}: {server_message(content)}"
-                    if response.status_code in (401, 403, 404) or 300 <= response.status_code < 400:
+                    forbidden = response.status_code == 403 and not self.counts["granted"]
+                    if forbidden or response.status_code in (401, 404) or 300 <= response.status_code < 400:
                         raise BadInput(f"{reason}; check the key (--key_env), --model and --base_url")
                     if response.status_code < 500 and response.status_code not in (408, 409, 429):
                         raise RowFailed(reason)
@@ -163,28 +167,6 @@ def chat(client, messages, model, max_tokens, temperature, seed=None):
 # ------------------------------------------------------------------------------------------------------- the rows
 
 
-def stream_rows(path):
-    """Each ("file:line", row) of a .jsonl file, one line in memory at a time; a JSON list is read whole."""
-    try:
-        with open(path, "rb") as file:
-            if file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b""):
-                yield from read_rows(path)  # a list, or an empty file, which it refuses
-                return
-            file.seek(0)
-            for number, line in enumerate(file, 1):
-                where = f"{path}:{number}"
-                try:
-                    row = json.loads(line) if line.strip() else None
-                except ValueError as error:
-                    raise BadInput(f"{where}: not JSON ({error}); each row must be one whole JSON object a line, in UTF-8") from error
-                if isinstance(row, dict):
-                    yield where, row
-                elif line.strip():
-                    raise BadInput(f"{where}: a row must be a JSON object, not a {type(row).__name__}")
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}; give the path of a .jsonl file or of a JSON list") from error
-
-
 def digest(row, added):
     """A short name of a row's content, but for its id and the keys that a stage adds: the same before and after the stage."""
     content = {name: value for name, value in row.items() if name not in added and name != "id"}
@@ -192,18 +174,26 @@ def digest(row, added):
 
 
 def checked_rows(path, limit, check, added):
-    """Each (where, row) of the first `limit` rows, under our names (data.canonical), checked by check(row, where), with an id."""
+    """Each (where, row) of the first `limit` rows, under our names (data.canonical), checked by check(row, where), with an id of its own."""
+    places = {}
     for where, row in itertools.islice(stream_rows(path), limit):
         row = canonical(row)
         check(row, where)
         row = {"id": row.get("id", digest(row, added))} | row  # with the id in front, by which read_finished knows a torn line
         if isinstance(row["id"], bool) or not isinstance(row["id"], (str, int)) or row["id"] == "":
             raise BadInput(f"{where}: `id` is {json.dumps(row['id'])[:40]}; it must be text or a whole number, or be left out")
+        name = str(row["id"])  # 1 and "1" would be hard to tell apart, and eval.py puts ids into longer ones
+        if name in places:
+            raise BadInput(f"{where}: the id {json.dumps(row['id'])[:40]} is that of {places[name]} as well; each row needs its own id or prompt")
+        places[name] = where
         yield where, row
 
 
-def read_finished(path, added):
-    """{id: digest} of the rows that stand finished in the file. A last line that a kill left torn is cut off."""
+def read_finished(path, added, made_with):
+    """{id: digest} of the rows that stand finished in the file. A last line that a kill left torn is cut off.
+
+    BadInput where the last of the added keys says that a row was made with something else, by another model or task.
+    """
     finished, whole = {}, 0
     if not os.path.exists(path):
         return finished
@@ -216,29 +206,30 @@ def read_finished(path, added):
             except ValueError:
                 row = {}
             if not isinstance(row, dict) or not {"id", *added} <= row.keys():
-                raise BadInput(f"{path}:{number}: not a row that this command wrote; give --out another name, or remove the file")
+                raise BadInput(f"{path}:{number}: not a row that this command wrote; write to another file, or remove this one")
+            made = row[added[-1]]
+            others = [name for name, value in made_with.items() if not isinstance(made, dict) or made.get(name) != value]
+            if others:
+                raise BadInput(f"{path}:{number}: made with another {' and '.join(others)}; give the same flags as then, or write to another file")
             finished[row["id"]] = digest(canonical(row), added)
             whole += len(line)
         file.truncate(whole)
     return finished
 
 
-def check_all(args, source, added, check):
+def check_all(args, source, added, made_with, check):
     """(how many rows there are, the ids of those that are finished). BadInput for whatever is wrong, before the first request."""
     folder = os.path.dirname(args.out) or "."
     if not os.access(folder, os.W_OK) or os.path.isdir(args.out):
-        raise BadInput(f"--out {args.out}: it must be a file, in a folder that is there and can be written to; make the folder first")
+        raise BadInput(f"{args.out}: it must be a file, in a folder that is there and can be written to; make the folder first")
     if os.path.realpath(args.out) == os.path.realpath(source):
-        raise BadInput(f"--out {args.out}: that is the file to read; give another name")
-    finished, places = read_finished(args.out, added), {}
+        raise BadInput(f"{args.out}: that is the file to read; write to another one")
+    finished, ids = read_finished(args.out, added, made_with), set()
     for where, row in checked_rows(source, args.limit, check, added):
-        name = json.dumps(row["id"])
-        if row["id"] in places:
-            raise BadInput(f"{where}: the id {name[:40]} is that of {places[row['id']]} as well; each row needs an id of its own")
         if finished.get(row["id"], digest(row, added)) != digest(row, added):
-            raise BadInput(f"{where}: {args.out} holds the id {name[:40]} with other content; give --out another name")
-        places[row["id"]] = where
-    return len(places), places.keys() & finished.keys()
+            raise BadInput(f"{where}: {args.out} holds the id {json.dumps(row['id'])[:40]} with other content; write to another file")
+        ids.add(row["id"])
+    return len(ids), ids & finished.keys()
 
 
 def in_threads(work, rows, threads):
@@ -269,13 +260,14 @@ def in_threads(work, rows, threads):
 STOP_AFTER = 10  # failed rows with none finished between them: then it is not the rows that are wrong
 
 
-def run_rows(client, args, source, added, check, work, show):
+def run_rows(client, args, source, added, made_with, check, work, show):
     """Finishes the rows of `source` that are not in args.out yet, args.concurrency at a time. What both stages share.
 
-    work(row) returns the row with the keys named in `added`; check(row, where) raises BadInput for a row that cannot be used;
-    show(row) prints a finished one, for --show. Returns how many rows failed; they are in <out>.failed.jsonl, with the reason.
+    work(row) returns the row with the keys named in `added`, the last of which is a dict that made_with goes into; check(row, where)
+    raises BadInput for a row that cannot be used; show(row) prints a finished one, for --show. Returns how many rows failed; they are
+    in <out>.failed.jsonl, with the reason.
     """
-    total, finished = check_all(args, source, added, check)
+    total, finished = check_all(args, source, added, made_with, check)
     unfinished = (row for _, row in checked_rows(source, args.limit, check, added) if row["id"] not in finished)
     failures, done, failed, failed_in_a_row, counts = args.out + ".failed.jsonl", 0, 0, 0, client.counts
     if os.path.exists(failures):
@@ -285,6 +277,7 @@ def run_rows(client, args, source, added, check, work, show):
         with open(args.out, "a", encoding="utf-8") as out, progress:
             for row, result, error in in_threads(work, unfinished, args.concurrency):
                 if error is None:
+                    result[added[-1]] = made_with | result[added[-1]]
                     out.write(json.dumps(result) + "\n")
                     out.flush()
                     done, failed_in_a_row = done + 1, 0
@@ -372,7 +365,7 @@ def converse(client, task, args, row):
         replies.append(chat(client, messages, args.model, args.max_tokens, args.temperature))
         messages.append({"role": "assistant", "content": replies[-1].text})
     rejected, critique, chosen = (reply.text for reply in replies)
-    teacher = {"model": args.model, "finish": [reply.finish for reply in replies], "tokens": sum(reply.tokens for reply in replies)}
+    teacher = {"finish": [reply.finish for reply in replies], "tokens": sum(reply.tokens for reply in replies)}
     return row | {"rejected": rejected, "critique": critique, "chosen": chosen, "teacher": teacher}
 
 
@@ -394,7 +387,8 @@ def main(argv=None):
     parser.add_argument("--temperature", type=at_least(0, float), default=0.7, help="of the teacher's sampling")
     args = parser.parse_args(argv)
     task, client = load_task(args.task), Client(args)
-    failed = run_rows(client, args, args.prompts, ADDED, check_prompt,
+    made_with = {"model": args.model, "task": digest({"system": task.system, "critique": task.critique, "revision": task.revision}, ())}
+    failed = run_rows(client, args, args.prompts, ADDED, made_with, check_prompt,
                       lambda row: converse(client, task, args, row), lambda row: show_conversation(task, row))
     sys.exit(1 if failed else 0)
 

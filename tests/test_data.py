@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, random_pairs
 
 import data
-from data import BadInput, Pair, Report, canonical, check_pair, encode_pair, epoch_order, load_pairs, read_rows, split_held_out, truncate
+from data import BadInput, Pair, Report, canonical, check_pair, encode_pair, epoch_order, load_pairs, read_rows, split_held_out, stream_rows, truncate
 
 ROW = {"prompt": "Tell me about tea.", "chosen": "Tea is a drink.", "rejected": "No.", "score_chosen": 4, "score_rejected": 1.5}
 
@@ -75,6 +75,21 @@ def test_lines_and_lists_read_alike_and_know_their_lines(write_rows):
     assert [row for _, row in read_rows(lines)] == [row for _, row in read_rows(listed)] == [ROW, ROW]
 
 
+def test_lines_are_streamed_and_bad_ones_are_found_as_they_come(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(json.dumps(ROW).encode() + b'\n\n{"prompt": 3}\n{"prompt": "caf\xe9"}\n')
+    rows = stream_rows(path)
+    assert [next(rows), next(rows)] == [(f"{path}:1", ROW), (f"{path}:3", {"prompt": 3})]  # the fourth line is not read yet
+    with pytest.raises(BadInput, match="rows.jsonl:4: not UTF-8"):
+        next(rows)
+    path.write_bytes(b'\n[\n{"a": 1},\n{"b": "\xe9"}]')
+    with pytest.raises(BadInput, match="rows.jsonl:4: not UTF-8"):
+        read_rows(path)
+    path.write_bytes(b'\n[\n{"a": 1},\n{"b": 2\n}, {"c"}]')
+    with pytest.raises(BadInput, match="rows.jsonl:5: not JSON .Expecting ':' delimiter.;"):
+        read_rows(path)
+
+
 def test_bad_lines_are_counted_when_asked(write_rows, tokenizer):
     tokenizer.chat_template = CHATML
     rows = [json.dumps(ROW | {"prompt": f"q{i}"}) for i in range(8)]
@@ -95,6 +110,14 @@ def test_null_score_is_left_out_by_name_only_where_scores_are_needed(write_rows,
     pairs, report = load_pairs(path, tokenizer, 64, True)
     assert len(pairs) == 1 and report.dropped == {"no score": [f"{path}:2"]}
     assert len(load_pairs(path, tokenizer, 64, False)[0]) == 2
+
+
+def test_a_pair_with_an_answer_that_the_teacher_did_not_finish_is_left_out(write_rows, tokenizer):
+    tokenizer.chat_template = CHATML
+    finishes = [["length", "stop", "stop"], ["stop", "stop", "length"], ["stop", "length", "stop"], ["length"], "length", None, [["length"], 1, {}]]
+    path = write_rows([ROW | {"teacher": {"finish": finish}} for finish in finishes] + [ROW | {"teacher": other} for other in ("length", ["length"] * 3, {}, 5)])
+    pairs, report = load_pairs(path, tokenizer, 64, True)
+    assert len(pairs) == 9 and report.dropped == {"an answer was cut by the teacher's --max_tokens": [f"{path}:1", f"{path}:2"]}
 
 
 # ---------------------------------------------------------------------------------------------------------- tokens

@@ -211,7 +211,7 @@ def test_other_settings_weights_prompts_or_judge_are_refused(toy_server, run_eva
     for flags, prompts, message in ((("--seed", 1), PROMPTS, "other weights, settings or prompt"), ((), changed, "other weights, settings or prompt"),
                                     (("--max_new_tokens", 39), PROMPTS, "other weights, settings"),
                                     (("--base_model", student, "--model", data.TOY_STUDENT), PROMPTS, "other weights"),
-                                    (("--task", tmp_path / "task.toml"), PROMPTS, "another judge began it")):
+                                    (("--task", tmp_path / "task.toml"), PROMPTS, "eval.jsonl:1: made with another task")):
         code, _, err = run_eval(*flags, prompts=prompts, url=url)
         assert code == 2 and message in err and len(err.splitlines()) == 1, (flags, err)
     assert len(read_lines(tmp_path / "eval" / "answers.jsonl")) <= 36
@@ -248,6 +248,18 @@ def test_scores_are_those_of_the_judge_and_nulls_are_counted(scripted, run_eval,
     assert row["judged"] == "11/12" and row["score"].startswith(f"{(3 + 10 * 4) / 11:.2f} [") and row["rate %"].startswith("91 [")
     assert row["win %"] == "50 [50, 50]" and f"could not judge 1 of 12 answers of {student}" in out
     assert cells(out, "safety, 3 prompts", "base")["score"] == "4.00 [4.00, 4.00]"  # of the two that were judged
+
+
+def test_only_the_answers_of_this_call_are_judged(scripted, run_eval, student, tmp_path):
+    os.symlink(student, tmp_path / "other")
+    assert run_eval("--model", student, tmp_path / "other")[0] == 0  # no judge: 36 answers
+    server = scripted(lambda path, request: says("Final score: 4"))
+    code, out, err = run_eval(prompts=PROMPTS[:3], url=server.url)
+    assert code == 0 and "6 of 6 rows (0 from before)" in out and len(server.requests) == 6, err
+    wanted = [f"{name}/{row['id']}" for name in (student, "base") for row in PROMPTS[:3]]
+    assert sorted(row["id"] for row in read_lines(tmp_path / "eval" / "eval.jsonl")) == sorted(wanted)
+    code, out, err = run_eval(prompts=PROMPTS[2:5], url=server.url)
+    assert code == 0 and "6 of 6 rows (2 from before)" in out and len(server.requests) == 10, err
 
 
 def test_a_judge_that_never_gives_a_verdict(scripted, run_eval, tmp_path):
@@ -386,7 +398,8 @@ def test_bad_input_is_one_line_before_anything_is_computed(flags, message, run_e
 def test_bad_prompts_and_tasks_are_one_line(run_eval, write_rows, tmp_path, base, student):
     no_pairwise = write_rows(open(TASK).read().split("pairwise =")[0], "task.toml")
     half_pairwise = write_rows(open(no_pairwise).read() + 'pairwise = "{question} {first}"', "half.toml")
-    for flags, prompts, message in (((), [PROMPTS[0], PROMPTS[0]], "prompts.jsonl:2: the id"), ((), [{"prompt": ""}], "prompts.jsonl:1: no `prompt`"),
+    for flags, prompts, message in (((), [PROMPTS[0], PROMPTS[0]], "prompts.jsonl:2: the id"), ((), [{"id": 1, "prompt": "a"}, {"id": "1", "prompt": "b"}], ":2: the id"),
+                                    ((), [{"prompt": ""}], "prompts.jsonl:1: no `prompt`"),
                                     ((*ADDRESS, "--task", no_pairwise, "--pairwise"), PROMPTS, "no `judge.pairwise`"),
                                     (("--task", half_pairwise), PROMPTS, "`judge.pairwise` must hold {question}, {first} and {second}")):
         code, _, err = run_eval(*flags, prompts=prompts)
@@ -410,5 +423,6 @@ def test_curves_of_runs(run_train, run_stage, toy_rows, write_rows, tmp_path, mo
     for name in ("a", "b"):
         assert run_train("--data", path, "--max_steps", 2, "--max_new_tokens", 4, "--out_dir", tmp_path / name)[0] == 0
     monkeypatch.chdir(tmp_path)
-    code, out, err = run_stage(evaluation, "--curves", "a", "b")
-    assert (code, out) == (0, "curves.png\n") and (tmp_path / "curves.png").stat().st_size > 20_000, err
+    code, out, err = run_stage(evaluation, "--curves", "a", "b", "--out_dir", "pictures")
+    assert (code, out) == (0, "pictures/curves.png\n") and (tmp_path / "pictures" / "curves.png").stat().st_size > 20_000, err
+    assert run_stage(evaluation, "--curves", "a")[1] == "eval/curves.png\n"

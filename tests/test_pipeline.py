@@ -10,8 +10,9 @@ from conftest import ROOT, read_lines, read_metrics
 
 import reward
 import teacher
+from data import TOY_STUDENT
+from toy import one_row, world
 from toy import server as toy
-from toy import world
 
 TOY = os.path.join(ROOT, "toy")
 
@@ -49,6 +50,14 @@ def test_the_bundled_rows_are_what_the_commands_write(toy_server, run_stage, tmp
     assert run_stage(teacher, *other, "--prompts", f"{TOY}/prompts.jsonl", "--limit", 20, "--out", tmp_path / "other.jsonl")[0] == 0
     synthetic = {row["id"]: row for row in read_lines(tmp_path / "synthetic.jsonl")}
     assert sum(row != synthetic[row["id"]] for row in read_lines(tmp_path / "other.jsonl")) > 10
+
+
+def test_one_row_through_the_method_has_no_colours_to_wrap(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["one_row.py", "--model", TOY_STUDENT])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    one_row.main()
+    out = capsys.readouterr().out
+    assert "6 tokens" in out and "<|end|>" in out and "\033" not in out and max(map(len, out.splitlines())) > 100
 
 
 # ------------------------------------------------------------------------------------------------- the toy server

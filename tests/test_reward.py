@@ -165,6 +165,26 @@ def test_reward_model(endpoint, scripted, run_stage, write_rows, tmp_path):
     assert "question 0" in json.dumps(server.requests[0]) and "first 0" in json.dumps(server.requests[0])
 
 
+def test_a_reward_model_that_does_not_count_tokens(scripted, run_stage, write_rows, tmp_path):
+    for number, usage in enumerate(({}, {"usage": None}, {"usage": {}})):
+        server = scripted(lambda path, request: {"data": [{"score": 1.5}]} | usage)
+        code, out, err = run_stage(reward, *flags(server, write_rows(ROWS), tmp_path / f"out{number}", endpoint="/score"))
+        assert code == 0 and "6 of 6 rows" in out and "0 tokens read" in out, err
+
+
+def test_no_score_at_all_is_an_error_and_a_null_is_not_asked_for_again(scripted, run_stage, write_rows, tmp_path):
+    replies, path = iter(["Nice."] * 4), write_rows(ROWS[:2])
+    server = scripted(lambda path, request: says(next(replies, "Final score: 3")))
+    common = flags(server, path, tmp_path / "out", task=f"{ROOT}/toy/task.toml", verdict_retries=0)
+    for _ in range(2):
+        code, out, err = run_stage(reward, *common)
+        assert code == 1 and "0 of 4 answers have a score" in out and len(server.requests) == 4
+        assert "no reply of m had a verdict" in err and str(tmp_path / "out") in err and len(err.splitlines()) == 1
+    (tmp_path / "out").write_text((tmp_path / "out").read_text().splitlines(keepends=True)[0])  # the remedy
+    code, out, _ = run_stage(reward, *common)
+    assert code == 0 and "2 of 4 answers have a score" in out and len(server.requests) == 6
+
+
 def test_a_model_of_two_labels_is_no_reward_model(scripted, run_stage, write_rows, tmp_path):
     server = scripted(lambda path, request: {"data": [{"probs": [0.1, 0.9]}]} | USAGE)
     code, _, err = run_stage(reward, *flags(server, write_rows(ROWS), tmp_path / "out", endpoint="/classify"))
@@ -182,6 +202,21 @@ def test_resumes_and_refuses_other_content(scripted, run_stage, write_rows, tmp_
     write_rows([row | {"chosen": "another rewrite"} for row in ROWS])  # the teacher was run again
     code, _, err = run_stage(reward, *common)
     assert code == 2 and "with other content" in err and len(server.requests) == 12
+
+
+def test_scores_of_two_judges_do_not_go_into_one_file(scripted, run_stage, write_rows, tmp_path):
+    server = scripted(lambda path, request: says("Final score: 3"))
+    path, out = write_rows(ROWS), tmp_path / "out"
+    assert run_stage(reward, *flags(server, path, out, task=f"{ROOT}/toy/task.toml", limit=2))[0] == 0
+    for others, what in (({"task": f"{ROOT}/tasks/safety.toml"}, "task"), ({"task": f"{ROOT}/toy/task.toml", "model": "n"}, "model"),
+                         ({"endpoint": "/score"}, "endpoint")):
+        code, _, err = run_stage(reward, *flags(server, path, out, **others))
+        assert code == 2 and f"{out}:1: made with another {what}; give the same flags" in err and len(err.splitlines()) == 1
+    assert len(server.requests) == 4 and len(read_lines(out)) == 2
+    for foreign in ("m", {}):  # a row of somebody else's making
+        write_rows([row | {"judge": foreign} for row in read_lines(out)], "foreign")
+        code, _, err = run_stage(reward, *flags(server, path, tmp_path / "foreign", task=f"{ROOT}/toy/task.toml"))
+        assert code == 2 and "foreign:1: made with another model and task" in err
 
 
 @pytest.mark.parametrize("change, message", [

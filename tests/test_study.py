@@ -3,6 +3,7 @@ import dataclasses
 import json
 import random
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -94,6 +95,17 @@ def test_finished_runs_are_not_run_again(tmp_path):
     jobs = [study.Run("DPO", study.World(), 1e-4, seed, "test") for seed in (0, 1)]
     finished = {json.dumps(dataclasses.asdict(job)): {"score": 3.0} for job in jobs}
     assert study.finish(jobs, finished, path, None, str(tmp_path), None) == {job: {"score": 3.0} for job in jobs}  # None cannot be called
+
+
+def test_runs_of_other_code_are_run_again(tmp_path, monkeypatch):
+    path, job = str(tmp_path / "runs.jsonl"), study.Run("DPO", study.World(), 1e-4, 0, "test")
+    with ThreadPoolExecutor(1) as pool:
+        study.finish([job], {}, path, lambda job, out_dir: {"score": 3.0}, str(tmp_path), pool)
+    with open(path, "a") as file:
+        file.write('{"code": "torn')
+    assert study.finished_runs(path) == {json.dumps(dataclasses.asdict(job)): {"score": 3.0}}
+    monkeypatch.setattr(study, "CODE", "as it is after an edit of rdpo.py")
+    assert study.finished_runs(path) == {} and len(open(path).readlines()) == 1 and study.finished_runs(path + ".none") == {}
 
 
 def test_rdpo_withstands_a_teacher_that_misleads_dpo_and_a_wrong_sign_does_not(folder, monkeypatch):

@@ -273,6 +273,8 @@ def test_a_fourth_behaviour_is_a_file_and_no_code(run_data, public, tmp_path):
     public.files["/letters.json"] = json.dumps([{"letter": {"texts": ["x", f"Dear {i}"]}} for i in range(8)])
     (tmp_path / "flattery.toml").write_text(FOURTH + FOURTH_PROMPTS.replace("URL", public.url))
     task = data.load_task(tmp_path / "flattery.toml")
+    (tmp_path / "other.toml").write_text(FOURTH.replace('"Compliments:"', '"COMPLIMENTS"'))
+    assert data.load_task(tmp_path / "other.toml").judge.verdict == "COMPLIMENTS"  # case and colon are the judge's to choose
     assert (task.system, task.judge.highest, task.judge.good) == ("", 9.5, "low")
     assert run_data("--task", tmp_path / "flattery.toml")[0] == 0
     training, held_out = written(tmp_path)
@@ -292,6 +294,7 @@ BAD_TASKS = [  # what is replaced, by what, and the words of the message
     ('critique = "Where', 'critic = "Where', ["`critic` is unknown", "critique"]),
     ('verdict = "Compliments:"', 'verdict = " "', ['`judge.verdict` is " "', "some text"]),
     ('verdict = "Compliments:"', "", ["`judge.verdict` is missing"]),
+    ('verdict = "Compliments:"', 'verdict = "Final score:"', ["`judge.verdict` must be in `judge.template`"]),
     ('name = "flattery"', "name = 4", ["`name` is 4", "some text"]),
     ("lowest = 0", 'lowest = "0"', ['`judge.lowest` is "0"', "a number"]),
     ("lowest = 0", "lowest = true", ["`judge.lowest` is true", "a number"]),
@@ -389,6 +392,7 @@ TORN = {
     "rows, cut": ("roleplay", rows_page(TRUTHY, 0, 100)[:-20], "not JSON"),
     "rows, without rows": ("roleplay", '{"error": "The dataset is gone"}', "no page of a rows API"),
     "rows, of another shape": ("roleplay", '{"rows": ["a"], "num_rows_total": 1}', "no page of a rows API"),
+    "rows, an empty list": ("roleplay", "[]", "no page of a rows API"),
     "rows, no total": ("roleplay", '{"rows": [{"row": {}}]}', "no page of a rows API"),
 }
 

@@ -264,6 +264,16 @@ def test_a_refused_request_fails_its_row_only(faulty, write_rows, tmp_path, run_
     assert [row["id"] for row in read_lines(tmp_path / "out.failed.jsonl")] == ["odd"]
 
 
+def test_a_forbidden_prompt_fails_its_row_only_once_the_key_has_proved_good(faulty, write_rows, tmp_path, run_stage):
+    server = faulty(lambda: 403)
+    code, _, err = run_stage(teacher, *command(server.url, write_rows(PROMPTS[:1]), tmp_path / "out"))
+    assert code == 2 and "answered 403" in err and "check the key" in err and len(server.asked) == 1 and len(err.splitlines()) == 1
+    server = faulty(lambda: 403 if len(server.asked) == 3 else None)  # the second row's first request
+    code, out, err = run_stage(teacher, *command(server.url, write_rows(PROMPTS[:4]), tmp_path / "out", "--concurrency", 1))
+    assert code == 1 and "3 of 4 rows" in out and "answered 403" in err and len(server.asked) == 10  # no retry
+    assert [row["id"] for row in read_lines(tmp_path / "out.failed.jsonl")] == [PROMPTS[1]["id"]]
+
+
 def test_a_server_that_is_not_there_or_speaks_something_else_stops_soon(faulty, write_rows, tmp_path, run_stage):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -296,11 +306,13 @@ BAD_PROMPTS = {
     "messages without content": ([{"prompt": [{"role": "user"}]}], ":1: no `prompt` that"),
     "odd question": ([ROW | {"question": ""}], ":1: `question` must be text"),
     "torn line": ('{"id": "a", "prompt": "x"}\n{"id": "b", "pro', ":2: not JSON"),
-    "not UTF-8": (b'{"id": "a", "prompt": "\xff"}\n', ":1: not JSON"),
+    "not UTF-8": (b'{"id": "a", "prompt": "\xff"}\n', ":1: not UTF-8"),
     "a number": ("17\n", ":1: a row must be a JSON object"),
     "empty file": ("", "the file is empty"),
     "duplicate id": ([ROW, {"id": "b", "prompt": "Hi"}, {"id": "a", "prompt": "Ho"}], ':3: the id "a" is that of'),
     "the same row twice, without ids": ([{"prompt": "Hi"}, {"prompt": "Hi"}], ":2: the id"),
+    "the same row twice, in a list on one line": (json.dumps([ROW, ROW]), ":1: the id"),
+    "ids that look alike": ([ROW | {"id": 1}, ROW | {"id": "1"}], ':2: the id "1" is that of'),
     "id of a wrong type": ([ROW | {"id": ["a"]}], ":1: `id` is"),
     "id is null": ([ROW | {"id": None}], ":1: `id` is null"),
 }
@@ -345,6 +357,23 @@ def test_an_id_with_another_prompt_is_refused(faulty, write_rows, tmp_path, run_
     changed = write_rows([PROMPTS[0], PROMPTS[1] | {"prompt": PROMPTS[5]["prompt"]}])
     code, _, err = run_stage(teacher, *command(server.url, changed, tmp_path / "out"))
     assert code == 2 and f"{changed}:2" in err and "with other content" in err and len(server.asked) == 6
+
+
+def test_another_task_or_model_is_refused(faulty, write_rows, tmp_path, run_stage):
+    server, out = faulty(), tmp_path / "out"
+    task = write_rows(open(TASK).read(), "task.toml")
+    flags = command(server.url, write_rows(PROMPTS), out, "--limit", 2, "--task", task)
+    assert run_stage(teacher, *flags)[0] == 0
+    before = out.read_bytes()
+    write_rows(open(TASK).read().replace("You rate the answers", "You rate the replies"), "task.toml")
+    code, text, err = run_stage(teacher, *flags, "--model", "other")
+    assert code == 2 and f"{out}:1: made with another model; give the same flags" in err and len(err.splitlines()) == 1
+    code, text, err = run_stage(teacher, *flags)
+    assert code == 0 and "2 of 2 rows (2 from before)" in text, err  # the judge's words are not the teacher's
+    write_rows(open(TASK).read().replace("Be brief.", "Be kind."), "task.toml")
+    code, text, err = run_stage(teacher, *flags)
+    assert code == 2 and f"{out}:1: made with another task" in err and len(err.splitlines()) == 1
+    assert out.read_bytes() == before and len(server.asked) == 6
 
 
 def test_no_torch():

@@ -21,7 +21,7 @@ EXERCISES = [
     ("tau from the sign of the gap", [(TAU, "return ((score_chosen - score_rejected).sign() + 1) / 2")], []),
     ("never quite sure: 0.1 to 0.9", [(TAU, TAU + ".clamp(0.1, 0.9)")], []),
     ("IPO", [(LOSSES, "losses = (margins / beta - (2 * tau - 1) / (2 * beta)) ** 2")], []),
-    ("mean log-probability a token", [("answer.sum() for answer in", "answer.mean() for answer in"), (")[len(prompt_ids) - 1:].sum())", ")[len(prompt_ids) - 1:].mean())")],
+    ("mean log-probability per token", [("answer.sum() for answer in", "answer.mean() for answer in"), (")[len(prompt_ids) - 1:].sum())", ")[len(prompt_ids) - 1:].mean())")],
      ["--beta", "2"]),
 ]
 

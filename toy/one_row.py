@@ -13,7 +13,7 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from data import TOY_STUDENT, load_pairs, load_tokenizer, read_rows, run, show_tokens  # noqa: E402
+from data import TOY_STUDENT, load_pairs, load_tokenizer, printable_tokens, read_rows, run  # noqa: E402
 from eval import load_model, pair_logps  # noqa: E402
 from rdpo import preference_probability, rdpo_loss  # noqa: E402
 
@@ -43,7 +43,7 @@ def main():
     show("5 scores", f"rejected {pair.score_rejected:g}, chosen {pair.score_chosen:g}, so tau = sigmoid(({pair.score_chosen:g} - {pair.score_rejected:g}) / "
          f"{TEMPERATURE:g}) = {tau.item():.3f}")
     show("6 tokens", f"{len(pair.prompt_ids)} of the prompt; {len(pair.rejected_ids)} of rejected; {len(pair.chosen_ids)} of chosen: "
-         + show_tokens(tokenizer, pair.chosen_ids, 32))
+         + "|".join(printable_tokens(tokenizer, pair.chosen_ids)))
     reference = pair_logps(load_model(TOY_STUDENT), [pair])  # (1, 2): chosen, rejected
     show("", f"log ref(rejected) = {reference[0, 1]:.2f}, log ref(chosen) = {reference[0, 0]:.2f}, summed over the tokens")
     policy = pair_logps(load_model(args.model), [pair])  # (1, 2)

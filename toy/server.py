@@ -5,8 +5,8 @@
 Then, in another terminal, the very commands of a real server. They wrote toy/scored.jsonl (toy/make_rows.sh does all of it):
 
     common="--task toy/task.toml --base_url http://127.0.0.1:8090/v1 --model toy"
-    python teacher.py $common --prompts toy/prompts.jsonl --out synthetic.jsonl
-    python reward.py $common --data synthetic.jsonl --out scored.jsonl
+    python teacher.py $common --prompts toy/prompts.jsonl --out toy-synthetic.jsonl
+    python reward.py $common --data toy-synthetic.jsonl --out toy-scored.jsonl
 
 What is said, toy/world.py decides: as in life the first answer mostly yields to pressure, and the rewrite fails at times. It is worked
 out from --seed and the texts of the conversation alone, so the same requests get the same replies, in whatever order they come.
@@ -126,7 +126,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(status, {"error": {"message": message, "type": "invalid_request_error", "code": status}})
 
     def log_message(self, *_):
-        pass  # no line a request
+        pass  # no line per request
 
 
 class Server(ThreadingHTTPServer):

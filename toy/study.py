@@ -7,16 +7,17 @@ A teacher that never fails turns a bad answer into a good one. One that fails le
 a bad one, half the time each. What keeps the comparison fair:
 
     the answers           half the first answers are sampled from the student, and so are many good rewrites; some are good only in part
-    three separate judges a flawed scorer (noise, and a taste for charm and length) scores the training pairs; world.score, which is exact, judges results
+    two separate judges   a flawed scorer (noise, and a taste for charm and length) scores the training pairs; world.score, which is exact, judges results
     three sets of prompts to train on; to choose each method's learning rate by; and to test on, with slot values that no other set has
     two kinds of failure  at random, which slows a method down; and always on the same half of the prompt types, which misleads it
     the distance moved    each result has its KL from the student before training, so that a slow method is not taken for a robust one
 
 Each run is one call of train.py's own main, in a process of its own with one thread. Finished runs stand in OUT_DIR/runs.jsonl: the
-same command after a crash or Ctrl-C goes on from there. All is seeded.
+same command after a crash or Ctrl-C goes on from there, and does those again that another rdpo.py or train.py made. All is seeded.
 """
 import argparse
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -30,6 +31,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import transformers
@@ -164,7 +166,7 @@ def make_drafts(seed, path):
 # ------------------------------------------------------------------------------------------------------------ runs
 
 def measure(model, tokenizer, rows, seed, reference):
-    """What the exact judge says of sampled answers, and their KL from the reference, in nats an answer."""
+    """What the exact judge says of sampled answers, and their KL from the reference, in nats per answer."""
     prompts = [row["prompt"] for row in rows]
     answers = sample(model, tokenizer, prompts, seed)
     kl = (answer_logps(model, answers) - answer_logps(reference, answers)).mean().item()
@@ -211,6 +213,19 @@ def untrained(seed):
     return {name: judge(rows, [answer.text for answer in texts]) for name, texts in (("base", answers), ("SR", rewrites))}
 
 
+CODE = hashlib.sha256(b"".join(Path(ROOT, name).read_bytes() for name in ("rdpo.py", "train.py"))).hexdigest()[:12]
+
+
+def finished_runs(path):
+    """{job: result} of the runs in the file that this very code made. A last line that a kill left torn is cut off."""
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file if line.endswith("\n")]
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return {json.dumps(line["job"]): line["result"] for line in lines if line.get("code") == CODE}
+
+
 def finish(jobs, finished, path, work, out_dir, pool):
     """Has the pool run the jobs that are not among the finished; each result is appended to the file at once."""
     waiting = [job for job in dict.fromkeys(jobs) if json.dumps(asdict(job)) not in finished]
@@ -219,7 +234,7 @@ def finish(jobs, finished, path, work, out_dir, pool):
         for future in tqdm(as_completed(futures), total=len(futures), desc="runs", unit="run", disable=None, leave=False):
             name = json.dumps(asdict(futures[future]))
             finished[name] = future.result()
-            file.write(json.dumps({"job": json.loads(name), "result": finished[name]}) + "\n")
+            file.write(json.dumps({"code": CODE, "job": json.loads(name), "result": finished[name]}) + "\n")
             file.flush()
     return {job: finished[json.dumps(asdict(job))] for job in jobs}
 
@@ -250,7 +265,7 @@ def column_name(conditions):
 
 
 class Results:
-    """The finished runs of the study: a list of one number a seed, by method, world and quantity."""
+    """The finished runs of the study: a list of one number per seed, by method, world and quantity."""
 
     def __init__(self, runs, baselines):
         self.runs, self.baselines = {}, baselines
@@ -263,7 +278,7 @@ class Results:
 
 
 def table_of(results, quantity, methods, worlds, digits=2):
-    """A Markdown table of one quantity: a line a method, a column a world."""
+    """A Markdown table of one quantity: one line per method, one column per world."""
     lines = [[method, *(cell(results.of(method, conditions, quantity), digits) for conditions in worlds)] for method in methods]
     return table(["", *map(column_name, worlds)], lines)
 
@@ -297,7 +312,7 @@ def draw_noise(results, path):
 
 
 def draw_kl(tuning, path):
-    """Behaviour against KL, a dot a learning rate: a slow method moves along its curve, a misled one is on a lower curve."""
+    """Behaviour against KL, one dot per learning rate: a slow method moves along its curve, a misled one is on a lower curve."""
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
@@ -307,7 +322,7 @@ def draw_kl(tuning, path):
             runs = [tuning[Run(method, conditions, rate, TUNING_SEED, "validation")] for rate in LEARNING_RATES]
             axis.plot([one["kl"] for one in runs], [one["score"] for one in runs], color=colour, marker="o", label=method,
                       linewidth=3 if method == "rDPO" else 1.5)
-        axis.set(title=f"failing rewrites: {column_name(conditions)}", xlabel="KL from the student before training, nats an answer", xscale="log")
+        axis.set(title=f"failing rewrites: {column_name(conditions)}", xlabel="KL from the student before training, nats per answer", xscale="log")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("score of sampled answers, 0 to 5")
     axes[0].legend()
@@ -343,7 +358,7 @@ def report(results, tuning, rates, seeds):
         "## Behaviour: score of sampled answers to unseen prompts, 0 to 5\n\n" + table_of(results, "score", ["base", "SR", *methods], main_worlds)
         + "\nrDPO minus DPO, seed by seed: " + ", ".join(f"{column_name(conditions)}: {text}" for conditions, text in difference.items()) + ".\n",
         "## Test pairs ranked rightly\n\n" + table_of(results, "ranked", methods, main_worlds),
-        "## KL from the student before training, nats an answer\n\n" + table_of(results, "kl", methods, main_worlds, 1),
+        "## KL from the student before training, nats per answer\n\n" + table_of(results, "kl", methods, main_worlds, 1),
         "## Harmless requests that are answered\n\n" + table_of(results, "benign", ["base", "SR", *methods], main_worlds),
         "## Temperature of rDPO\n\n" + table_of(results, "score", [method for method in METHODS if method.startswith("rDPO")], TUNED),
         "## Behaviour by behaviour, 40 % failing at random: share of wanted answers\n\n"
@@ -373,12 +388,8 @@ def main():
     args = parser.parse_args()
     began, seeds = time.monotonic(), range(3 if args.quick else 5)
     os.makedirs(args.out_dir, exist_ok=True)
-    path, finished = os.path.join(args.out_dir, "runs.jsonl"), {}
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            lines = [json.loads(line) for line in file if line.endswith("\n")]
-        finished = {json.dumps(line["job"]): line["result"] for line in lines}
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))  # without a line that a kill left torn
+    path = os.path.join(args.out_dir, "runs.jsonl")
+    finished = finished_runs(path)
 
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
         paths = {seed: os.path.join(args.out_dir, f"drafts-{seed}.json") for seed in [*seeds, *([] if args.quick else [TUNING_SEED])]}
