@@ -434,7 +434,7 @@ def send(tensor, device):
 def collate(pairs, shared=False):
     """A Batch of pairs. Places come from lengths, never from ids: a pad id that equals the eos id hides nothing.
 
-    shared=False   one answer per row, R = 2B      [prompt | chosen] of every pair, then [prompt | rejected] of every pair
+    shared=False   one answer per row, R = 2B    [prompt | chosen] of every pair, then [prompt | rejected] of every pair
     shared=True    each prompt once, R = B       [prompt | chosen | rejected]; both answers go on where the prompt ended,
                                                  so the prompt's last state predicts the first token of both
     """

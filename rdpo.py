@@ -94,7 +94,7 @@ def attention_mask(model, batch):
         rejected    #               \\
 
     Layers with a sliding window look back less far, counted in places of the conversation, not of the row; a config that names
-    the types of its layers wants a mask for each type. (One answer a row needs no mask: a token never looks to its right, and
+    the types of its layers wants a mask for each type. (One answer per row needs no mask: a token never looks to its right, and
     there the padding stands.)
     """
     place = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)  # (T,)

@@ -112,7 +112,7 @@ def parse_args(argv=None):
 class Rows:
     """Pairs and what is known of each before training; the tensors are (P,), on the CPU."""
     pairs: list
-    shared: bool  # the layout of their batches: each prompt once, or one answer a row
+    shared: bool  # the layout of their batches: each prompt once, or one answer per row
     ref_chosen_logps: torch.Tensor
     ref_rejected_logps: torch.Tensor
     tau: torch.Tensor
@@ -214,8 +214,7 @@ def with_reference(pairs, args, model, cache, autocast, shared):
         if number == 0 and missing and cache.logps:
             cache.save()
     logps = torch.tensor([[cache.logps[key] for key in both] for both in keys])  # (P, 2)
-    gaps = torch.tensor([math.nan if None in (pair.score_chosen, pair.score_rejected) else pair.score_chosen - pair.score_rejected
-                         for pair in pairs])  # (P,)
+    gaps = torch.tensor([pair.gap for pair in pairs])  # (P,)
     return Rows(pairs, shared, logps[:, 0], logps[:, 1], target_probabilities(gaps, args), gaps), len(missing)
 
 
@@ -241,7 +240,7 @@ def choose_layout(model, pairs, args, dtype, autocast):
     """(whether the model can read a prompt once for both answers, why), by trying it on the longest pair that a batch holds.
 
     Models differ in how they take masks and positions, so no table of names says which of them can: the log-probabilities do.
-    One answer a row needs neither, and is compared with the model's own logits; BadInput where those differ.
+    One answer per row needs neither, and is compared with the model's own logits; BadInput where those differ.
     """
     small = [pair for pair in pairs if batch_tokens(pair, shared=False) <= args.tokens_per_batch] or [min(pairs, key=longest_row)]
     pair = max(small, key=longest_row)
@@ -338,7 +337,7 @@ def main(argv=None):
     if longest > limit:
         raise BadInput(f"--max_length {args.max_length}: the longest row has {longest} tokens, but the model takes {limit}; --max_length {limit}")
     shared, why = from_process_0(choose_layout(model, pairs, args, dtype, autocast))
-    print(f"layout: {'each prompt once, with both answers' if shared else 'one answer a row'} ({why})")
+    print(f"layout: {'each prompt once, with both answers' if shared else 'one answer per row'} ({why})")
 
     if args.compile:  # for any number of rows and tokens, so that it is compiled a few times and not for every batch
         model.base_model.compile(dynamic=True)
@@ -463,7 +462,7 @@ def main(argv=None):
         # A step that is not finite is never taken.
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        metrics = summary(parts, rows, indices, args)  # here, once a step, the CPU waits for the GPU
+        metrics = summary(parts, rows, indices, args)  # here, once per step, the CPU waits for the GPU
         grad_norm = whole(grad_norm).item()
         if not math.isfinite(metrics["loss"]) or not math.isfinite(grad_norm) and scaler.get_scale() <= 1:
             losses = torch.cat([part["losses"] for part in parts]).tolist()

@@ -56,8 +56,10 @@ def measure_memory(folder):
     common = ["--task", f"{ROOT}/toy/task.toml", "--base_url", url, "--model", "toy"]
     some = world.make_prompts("train", 900, 0)
     prompts = [some[i % 900] | {"id": f"row-{i:06d}", "note": "n" * 500} for i in range(MANY)]
-    answers = {"rejected": "r" * 1000, "critique": "c" * 1000, "chosen": "d" * 1000, "teacher": {}}
-    scores = {"score_rejected": 1.0, "score_chosen": 4.0, "judge": {"rejected": [], "chosen": []}}
+    with open(f"{ROOT}/toy/scored.jsonl", encoding="utf-8") as file:
+        done = json.loads(file.readline())  # by the same task and model
+    answers = {"rejected": "r" * 1000, "critique": "c" * 1000, "chosen": "d" * 1000, "teacher": done["teacher"]}
+    scores = {"score_rejected": 1.0, "score_chosen": 4.0, "judge": done["judge"] | {"rejected": [], "chosen": []}}
     many = write(f"{folder}/many.jsonl", prompts)
     synthetic = write(f"{folder}/many_synthetic.jsonl", (row | answers for row in prompts[LEFT:]))
     teacher_flags = ["--prompts", many, "--out", synthetic]

@@ -1,4 +1,4 @@
-"""What a second process costs: CPU time a step of torchrun with two processes against one process, one thread each.
+"""What a second process costs: CPU time per step of torchrun with two processes against one process, one thread each.
 
     python bench/processes.py [--model DIR] [--fsdp]
 
@@ -46,14 +46,14 @@ with tempfile.TemporaryDirectory() as folder:
     for name, some in (("rows", rows), ("held_out", rows[:1])):
         with open(f"{folder}/{name}.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in some)
-    print("processes   CPU seconds a step   a token, ms   seconds a step   losses")
+    print("processes   CPU seconds/step   CPU ms/token   seconds/step   losses")
     costs, losses = [], []
     train(folder, 1, 1)  # fills the reference's cache
     for processes in (1, 2):
         (short, _), (long, steps) = train(folder, processes, 1), train(folder, processes, 1 + args.steps)
         tokens, losses = sum(step["tokens"] for step in steps[1:]), losses + [[step["loss"] for step in steps]]
         costs.append(long - short)
-        print(f"{processes:9d}   {costs[-1] / args.steps:18.2f}   {1e3 * costs[-1] / tokens:11.2f}   "
-              f"{sum(step['step_seconds'] for step in steps[1:]) / args.steps:14.2f}   {' '.join(f'{loss:.5f}' for loss in losses[-1])}")
+        print(f"{processes:9d}   {costs[-1] / args.steps:16.2f}   {1e3 * costs[-1] / tokens:12.2f}   "
+              f"{sum(step['step_seconds'] for step in steps[1:]) / args.steps:12.2f}   {' '.join(f'{loss:.5f}' for loss in losses[-1])}")
     print(f"CPU time of two over one: {costs[1] / costs[0]:.3f}; largest difference between two losses "
           f"{max(abs(one - other) for one, other in zip(*losses)):.1e}")

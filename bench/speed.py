@@ -116,7 +116,7 @@ def beside_trl(folder):
     tokens = sum(2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
     assert sum(answer["tokens"]) == tokens, "the two trainers do not read the same tokens"
     tokens /= len(pairs)  # of a pair
-    print(f"{layout}\n{len(pairs)} pairs of {tokens:.0f} tokens, {args.batch_size} a step, {args.threads} threads; medians of {args.steps - 1} steps\n")
+    print(f"{layout}\n{len(pairs)} pairs of {tokens:.0f} tokens, {args.batch_size} per step, {args.threads} threads; medians of {args.steps - 1} steps\n")
     print("trainer                                              pairs/s  tokens/s  peak MiB  losses")
     for name, (losses, seconds, peak) in runs.items():
         rate = args.batch_size / statistics.median(seconds)
@@ -171,7 +171,7 @@ def vocabulary():
 
 
 def rows_and_time(folder):
-    print("rows      microseconds a token, median of 30 steps of the toy student")
+    print("rows      microseconds per token, median of 30 steps of the toy student")
     rows = [row for _, row in read_rows(f"{ROOT}/toy/scored.jsonl")]
     write(f"{folder}/held_out.jsonl", rows[:1])
     for count in (1_000, 4_000, 16_000):

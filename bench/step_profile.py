@@ -84,7 +84,7 @@ with torch.profiler.profile(activities=activities) as profile:
 events = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CPU]  # on CUDA each has its kernels' time
 own = {event.key: event.self_device_time_total if cuda else event.self_cpu_time_total for event in events}  # microseconds
 whole = sum(own.values())
-print(f"{len(pairs)} pairs in {len(batches)} batches: {taken:.3f} s a step, {len(pairs) / taken:.2f} pairs/s\n")
+print(f"{len(pairs)} pairs in {len(batches)} batches: {taken:.3f} s per step, {len(pairs) / taken:.2f} pairs/s\n")
 for event in events:
     if event.key in ("TokenLogps", "TokenLogpsBackward"):
         print(f"{'head, ' + ('backward' if 'Backward' in event.key else 'forward'):30s} {(event.device_time_total if cuda else event.cpu_time_total) / whole:6.1%}")
@@ -101,4 +101,4 @@ prompt, answer = args.prompt_tokens, args.answer_tokens
 visible = prompt ** 2 / 2 + 2 * (answer * prompt + answer ** 2 / 2)  # pairs of tokens that see each other
 flops = 6 * len(pairs) * (body * (prompt + 2 * answer) + model.get_output_embeddings().weight.numel() * 2 * answer
                           + 2 * config.num_hidden_layers * config.hidden_size * visible)
-print(f"\n{flops / 1e12:.2f} TFLOP a step, {flops / taken / 1e12:.3f} TFLOP/s" + (f", {flops / taken / PEAK:.1%} of {PEAK / 1e12:.0f}" if cuda else ""))
+print(f"\n{flops / 1e12:.2f} TFLOP per step, {flops / taken / 1e12:.3f} TFLOP/s" + (f", {flops / taken / PEAK:.1%} of {PEAK / 1e12:.0f}" if cuda else ""))
