@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jinja2 import TemplateError
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.utils import logging as transformers_logging
@@ -106,8 +107,8 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=0.0, seeds=N
         input_ids = torch.tensor([[0] * (width - len(ids[i])) + ids[i] for i in some], device=model.device)  # (B, T)
         mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in some], device=model.device)  # (B, T)
         noise = [GumbelNoise(temperature, [seeds[i] for i in some], model.device)] if temperature else []
-        output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config,
-                                logits_processor=LogitsProcessorList(noise))[:, width:]  # (B, T_new)
+        output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList(noise),
+                                synced_gpus=isinstance(model, FSDPModule))[:, width:]  # (B, T_new); sharded, all processes go on until all are done
         for i, row in zip(some, output.tolist()):
             end = next((place for place, token in enumerate(row) if token in ends), None)
             row = row if end is None else row[:end + 1]
