@@ -661,7 +661,7 @@ def parse_public(text, name, format):
 
 def parse_pages(text, name):
     """(rows, how many there are in all) of pages of a rows API, {"rows": [{"row": {...}}], "num_rows_total": 1000}."""
-    pages = [page for _, page in parse_rows(io.StringIO(text), name)]
+    pages = [page for _, page in parse_list(f"[{text}]", name, 1)]  # one after another, on however many lines
     try:
         return [item["row"] for page in pages for item in page["rows"]], int(pages[-1]["num_rows_total"])
     except (LookupError, TypeError) as error:

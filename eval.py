@@ -9,7 +9,8 @@
     python eval.py --data held_out_scored.jsonl --model out       scored rows kept from training: accuracy, margins, log-probabilities
     python eval.py --curves out [out2 ...]                        eval/curves.png of one training run or of several
 
---out_dir gets answers.jsonl (every answer), eval.jsonl (with its score and the judge's raw reply), pairwise.jsonl, report.md, curves.png.
+--out_dir gets answers.jsonl (every answer), eval.jsonl (with its score and the judge's raw reply), pairwise.jsonl and report.md, beside what
+the judge is asked, asked-eval.jsonl and asked-pairwise.jsonl; with --curves it gets curves.png only.
 The same command goes on where a stopped one ended. What could not be judged is null, counted, and in no mean.
 """
 import argparse

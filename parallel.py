@@ -100,7 +100,8 @@ def gather(table, counts):
 def joint_gradients(model):
     """Data parallel: one tensor of which every weight.grad is a part, so that one sum over the processes adds up all of them at once.
 
-    None where there is nothing to add up: one process, or FSDP, which adds gradients up in its backward pass.
+    None where there is nothing to add up: one process, or FSDP, which adds gradients up in its backward pass. A weight that no pair of a
+    step reaches, such as that of an idle expert, has a gradient of 0 here, where it would have none, and AdamW no step, with one process.
     """
     if not dist.is_initialized() or isinstance(model, FSDPModule):
         return None

@@ -130,7 +130,7 @@ class TokenLogps(torch.autograd.Function):
     """log pi (N,) float32 of each target token (N,), from the states (N, D) that predict them and the head (V, D).
 
     Memory. The logits would be a step's largest tensor: 2,000 tokens x 152,000 words x 4 bytes = 1.2 GB, and their gradient as
-    much again. Here they never exist whole. A few tokens at a time go through the head; forward() keeps two numbers a token,
+    much again. Here they never exist whole. A few tokens at a time go through the head; forward() keeps two numbers per token,
     its log-probability and the log of the softmax's denominator, and drops the logits. backward() makes them again, at the
     price of one more product with the head, and needs no more than
 
@@ -251,7 +251,7 @@ def reference_fingerprint(model, dtype):
 
     with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter lock free: all cores work
         weights = b"".join(pool.map(digest, sorted([*model.named_parameters(), *model.named_buffers()])))
-    config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+    config = {key: value for key, value in model.config.to_dict().items() if key not in ("_name_or_path", "transformers_version")}
     parts = [hashlib.sha256(weights).hexdigest(), config, dtype, model.config._attn_implementation]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 

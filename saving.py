@@ -1,7 +1,7 @@
 """What a run of train.py leaves in out_dir: its state, to resume from, and in the end the student.
 
     out_dir/args.json                 the flags: a resumed run must have the same
-    out_dir/metrics.jsonl             a line a step
+    out_dir/metrics.jsonl             one line per step
     out_dir/state/step-00000100/      weights and moments in float32; written under another name, then renamed, so always whole
     out_dir/model.safetensors, ...    the student, an ordinary Hugging Face folder (or an adapter's)
 """

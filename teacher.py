@@ -101,16 +101,16 @@ class Client:
                 content = response.content.replace(self.key.encode(), b"[key]") if self.key else response.content
                 self.count(answered=1)
                 if response.status_code == 200:
-                    self.count(granted=1)
                     try:
                         return read(json.loads(content))
                     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                         reason = f"{url} answered with something else than it should: {server_message(content)}"
                 else:
                     reason = f"{url} answered {response.status_code}: {server_message(content)}"
-                    forbidden = response.status_code == 403 and not self.counts["granted"]
-                    if forbidden or response.status_code in (401, 404) or 300 <= response.status_code < 400:
+                    if response.status_code in (401, 404) or 300 <= response.status_code < 400:
                         raise BadInput(f"{reason}; check the key (--key_env), --model and --base_url")
+                    if response.status_code == 403:
+                        raise RowFailed(f"{reason}; the server's moderation refuses this text, or the key (--key_env) is not the right one")
                     if response.status_code < 500 and response.status_code not in (408, 409, 429):
                         raise RowFailed(reason)
                     wait = retry_after(response.headers.get("Retry-After", ""), wait) * random.uniform(1, 1.1)

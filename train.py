@@ -52,7 +52,7 @@ def parse_args(argv=None):
     parser.add_argument("--beta", type=float, default=0.1, help="how tightly the reference holds the student")
     parser.add_argument("--temperature", type=float, default=1.0, help="T of tau, in units of the score (rdpo)")
     parser.add_argument("--label_smoothing", type=float, default=0.0, help="tau = 1 - this (dpo): conservative DPO")
-    parser.add_argument("--sft_weight", type=float, default=0.0, help="adds this times the negative log-likelihood a chosen token (rdpo, dpo)")
+    parser.add_argument("--sft_weight", type=float, default=0.0, help="adds this times the negative log-likelihood per chosen token (rdpo, dpo)")
     # the optimizer
     parser.add_argument("--learning_rate", type=float, help="default 5e-6, and 3e-4 for the toy student; ten times that with LoRA")
     parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps with a rising learning rate; then cosine to 0")
@@ -60,7 +60,7 @@ def parse_args(argv=None):
     parser.add_argument("--max_grad_norm", type=float, default=1.0)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--max_steps", type=int, help="ends sooner, or later, than --epochs would")
-    parser.add_argument("--batch_size", type=int, default=16, help="pairs an optimizer step")
+    parser.add_argument("--batch_size", type=int, default=16, help="pairs per optimizer step")
     parser.add_argument("--seed", type=int, default=0)
     # adapters in place of all weights
     parser.add_argument("--lora_rank", type=int, default=0, help="trains LoRA adapters of this rank, and no other weights (default 0: all weights)")
@@ -224,7 +224,7 @@ def check_finite(reference_logps, pair):
 
 
 # What a response token's log-probability may differ by where other rows share its batch: (bias, noise). Over N tokens bias adds up
-# to N times as much, noise to sqrt(N) times. (SmolLM2-135M in bfloat16: noise 0.06 a token, never above 0.14.) A wrong mask or a stale
+# to N times as much, noise to sqrt(N) times. (SmolLM2-135M in bfloat16: noise 0.06 per token, never above 0.14.) A wrong mask or a stale
 # cache is off by tens of nats.
 ROUNDING = {torch.float32: (1e-5, 0.0), torch.bfloat16: (5e-3, 0.5), torch.float16: (1e-3, 0.06)}
 
@@ -422,8 +422,8 @@ def main(argv=None):
         held_out_metrics = evaluate(model, held_out_rows, args, autocast)
         log({"step": 0, "epoch": 0.0} | held_out_metrics)
         print(table_line(0, {}, held_out_metrics))
-    chosen_logps, warned = [], False  # of held-out pairs, one an evaluation
-    little = 0.1 * sum(len(pair.chosen_ids) for pair in held_out) / len(held_out)  # 0.1 nat a token
+    chosen_logps, warned = [], False  # of held-out pairs, one per evaluation
+    little = 0.1 * sum(len(pair.chosen_ids) for pair in held_out) / len(held_out)  # 0.1 nat per token
 
     joint = joint_gradients(model)  # of several processes, to be added up
 

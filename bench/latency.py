@@ -2,7 +2,7 @@
 
     python bench/latency.py
 
-Rate: a server that takes 0.2 s for each reply, 300 rows, 32 at a time. Ideal are 32 / 0.2 s = 160 requests a second. At most 0.94 of it
+Rate: a server that takes 0.2 s for each reply, 300 rows, 32 at a time. Ideal are 32 / 0.2 s = 160 requests per second. At most 0.94 of it
 can be reached: 300 rows are 9.4 rounds of 32, and the last one is not full. Memory: of teacher.py and reward.py going on with a file
 in which all but 500 of 100,000 rows are finished, which is when they hold the most.
 """
@@ -47,7 +47,7 @@ def measure_rate(folder):
         except SystemExit as stop:
             assert stop.code == 0
         rate, ideal = requests / (time.monotonic() - began), CONCURRENCY / LATENCY
-        print(f"{stage.__name__}: {rate:.1f} of {ideal:.0f} requests a second, {rate / ideal:.3f} of the ideal\n")
+        print(f"{stage.__name__}: {rate:.1f} of {ideal:.0f} requests per second, {rate / ideal:.3f} of the ideal\n")
     server.kill()
 
 

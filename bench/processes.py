@@ -2,12 +2,14 @@
 
     python bench/processes.py [--model DIR] [--fsdp]
 
-Both train the same steps on rows of toy/scored.jsonl, on the CPU, in turn. A run of several steps less a run of one leaves the CPU time, user and
-system, of all processes, that the later steps took: what starting up and saving take is in both.
+Both train the same steps on rows of toy/scored.jsonl, on the CPU, in turn. The CPU time of a step is that of all processes, user and system; the
+median of the steps after the first two leaves out starting up, saving, and most of the first touches of new memory, which are slow.
 """
 import argparse
 import json
 import os
+import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -15,45 +17,66 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from data import read_rows  # noqa: E402
-
-parser = argparse.ArgumentParser(description="CPU time of two processes against one.")
-parser.add_argument("--model", default=os.path.expanduser("~/.cache/rdpo/smollm2-135m"))
-parser.add_argument("--fsdp", action="store_true")
-parser.add_argument("--batch_size", type=int, default=16)
-parser.add_argument("--steps", type=int, default=4, help="steps after the first")
-args = parser.parse_args()
+import train  # noqa: E402
+from data import read_rows, run  # noqa: E402
+from parallel import process  # noqa: E402
 
 
-def train(folder, processes, steps):
-    """(CPU seconds of all processes, the steps' metrics) of a run of train.py."""
-    out_dir = f"{folder}/out-{processes}-{steps}"
+def worker(clock_file, argv):
+    """train.py, with the CPU time of this process noted once per step, where it exchanges losses with the others."""
+    exchange, clock = train.of_all_processes, []
+
+    def noted(*arguments):
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        clock.append(usage.ru_utime + usage.ru_stime)
+        return exchange(*arguments)
+
+    train.of_all_processes = noted
+    train.main(argv)
+    with open(f"{clock_file}-{process()[0]}", "w", encoding="utf-8") as file:
+        json.dump(clock[1:-1], file)  # without the evaluations before the first step and after the last
+
+
+def measure(folder, processes, args):
+    """(CPU seconds of each step after the first two, the steps' metrics) of a run."""
+    clock_file, out_dir = f"{folder}/clock-{processes}", f"{folder}/out-{processes}"
     launcher = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     flags = ["--fsdp"] if args.fsdp and processes > 1 else []
-    command = [*launcher, f"{ROOT}/train.py", "--data", f"{folder}/rows.jsonl", "--eval_data", f"{folder}/held_out.jsonl", "--model", args.model, "--device", "cpu",
-               "--batch_size", str(args.batch_size), "--max_steps", str(steps), "--eval_every", "1000000", "--save_every", "1000000", "--max_new_tokens", "1",
-               "--cache_dir", f"{folder}/cache", "--out_dir", out_dir, "--overwrite", *flags]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        sys.exit(f"failed: {' '.join(command)}")
+    subprocess.run([*launcher, __file__, "--worker", clock_file, "--data", f"{folder}/rows.jsonl", "--eval_data", f"{folder}/held_out.jsonl",
+                    "--model", args.model, "--device", "cpu", "--batch_size", str(args.batch_size), "--eval_every", "1000000",
+                    "--max_new_tokens", "1", "--cache_dir", f"{folder}/cache", "--out_dir", out_dir, *flags],
+                   env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, check=True)
+    clocks = [json.load(open(f"{clock_file}-{number}", encoding="utf-8")) for number in range(processes)]
+    at = [sum(together) for together in zip(*clocks)]
     with open(f"{out_dir}/metrics.jsonl", encoding="utf-8") as file:
-        return usage.ru_utime + usage.ru_stime, [line for line in map(json.loads, file) if "loss" in line]
+        return [after - before for before, after in zip(at[1:], at[2:])], [line for line in map(json.loads, file) if "loss" in line]
 
 
-with tempfile.TemporaryDirectory() as folder:
-    rows = [row for _, row in read_rows(f"{ROOT}/toy/scored.jsonl")][:args.batch_size * (1 + args.steps)]
-    for name, some in (("rows", rows), ("held_out", rows[:1])):
-        with open(f"{folder}/{name}.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in some)
-    print("processes   CPU seconds/step   CPU ms/token   seconds/step   losses")
-    costs, losses = [], []
-    train(folder, 1, 1)  # fills the reference's cache
-    for processes in (1, 2):
-        (short, _), (long, steps) = train(folder, processes, 1), train(folder, processes, 1 + args.steps)
-        tokens, losses = sum(step["tokens"] for step in steps[1:]), losses + [[step["loss"] for step in steps]]
-        costs.append(long - short)
-        print(f"{processes:9d}   {costs[-1] / args.steps:16.2f}   {1e3 * costs[-1] / tokens:12.2f}   "
-              f"{sum(step['step_seconds'] for step in steps[1:]) / args.steps:12.2f}   {' '.join(f'{loss:.5f}' for loss in losses[-1])}")
-    print(f"CPU time of two over one: {costs[1] / costs[0]:.3f}; largest difference between two losses "
-          f"{max(abs(one - other) for one, other in zip(*losses)):.1e}")
+def main():
+    if sys.argv[1:2] == ["--worker"]:
+        return worker(sys.argv[2], sys.argv[3:])
+    parser = argparse.ArgumentParser(description="CPU time of two processes against one.")
+    parser.add_argument("--model", default=os.path.expanduser("~/.cache/rdpo/smollm2-135m"))
+    parser.add_argument("--fsdp", action="store_true")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=9)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [row for _, row in read_rows(f"{ROOT}/toy/scored.jsonl")][:args.batch_size * args.steps]
+        for name, some in (("rows", rows), ("held_out", rows[:1])):
+            with open(f"{folder}/{name}.jsonl", "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in some)
+        print(f"CPU seconds per step, median of {args.steps - 2}   all of them")
+        medians, losses = [], []
+        for processes in (1, 2):
+            seconds, steps = measure(folder, processes, args)
+            medians.append(statistics.median(seconds))
+            losses.append([step["loss"] for step in steps])
+            print(f"{processes} process{'es' * (processes > 1):2s} {medians[-1]:27.2f}   {' '.join(f'{one:.2f}' for one in seconds)}")
+        tokens = statistics.mean(step["tokens"] for step in steps)
+        print(f"two over one: {medians[1] / medians[0]:.3f}, at {tokens:.0f} tokens per step; largest difference between two losses "
+              f"{max(abs(one - other) for one, other in zip(*losses)):.1e}")
+
+
+if __name__ == "__main__":
+    run(main)

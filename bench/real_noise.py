@@ -119,7 +119,7 @@ def main():
                 file.write(json.dumps({"job": job, "result": result}) + "\n")
             print(f"{job}: {time.monotonic() - began:.0f} s", file=sys.stderr)
 
-    print("| failing pairs | method | held-out pairs ranked by their scores | margin | sentiment of sampled reviews | KL, nats a review |\n" + "| --- " * 6 + "|")
+    print("| failing pairs | method | held-out pairs ranked by their scores | margin | sentiment of sampled reviews | KL, nats per review |\n" + "| --- " * 6 + "|")
     for share, method in [(None, "base"), *((share, method) for share in FAILURES for method in METHODS)]:
         results = [result for name, result in finished.items() if json.loads(name)["method"] == method and json.loads(name).get("failures") == share]
         of_seeds = lambda values, form: " ".join(format(value, form) for value in values)

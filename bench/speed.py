@@ -7,7 +7,7 @@ trl         throughput, peak memory and losses of plain DPO beside TRL's, with i
             reference's log-probabilities precomputed; then how many reference passes a second run with another beta takes
 vocabulary  peak memory beyond weights, gradients and optimizer, for vocabularies of 4,000 and 152,000: what is needed, where freed
             memory goes back to the system at once, and what is taken, where the C library keeps some of it
-rows        seconds a token for files of 1,000 to 16,000 rows
+rows        microseconds per token for files of 1,000 to 16,000 rows
 
 TRL lives in a virtual environment of its own, made at the first run, or given with --trl_python. The rows' texts are those of --data, its
 prompts, chosen and rejected answers each joined and cut into pieces of the length asked for. A pair counts as the tokens that its two
@@ -93,7 +93,7 @@ def beside_trl(folder):
     common = ["--model", args.model, "--batch_size", args.batch_size, "--max_steps", args.steps, "--learning_rate", "1e-5"]
     runs = {}  # name: losses, seconds of the steps after the first, peak memory
     for name, flags in (("rdpo", []), ("rdpo, one pair a batch", ["--tokens_per_batch", 1]),
-                        ("rdpo --gradient_checkpointing", ["--gradient_checkpointing", "--tokens_per_batch", 1])):
+                        ("rdpo, one pair, checkpointing", ["--gradient_checkpointing", "--tokens_per_batch", 1])):
         output, steps, peak = train(folder, f"out{len(runs)}", *common, *flags)
         if not runs:  # the reference is computed by the first run only
             reference, layout = float(re.search(r"computed in ([\d.]+) s", output)[1]), re.search("layout: .*", output)[0]

@@ -1,7 +1,7 @@
 """The other side of parity.py and speed.py: Hugging Face TRL's DPOTrainer, run in a virtual environment of its own.
 
 Reads a JSON file {"model", "rows", "learning_rates", "batch_size", "beta", "max_length"} and, in "config", what else DPOConfig shall
-have. Trains on the rows in the order given, one batch a step at the given learning rates, and prints one JSON line: the version, the
+have. Trains on the rows in the order given, one batch per step at the given learning rates, and prints one JSON line: the version, the
 loss and the seconds of every step, the tokens of every row, and the peak of this process's resident memory.
 """
 import json

@@ -264,10 +264,10 @@ def test_a_refused_request_fails_its_row_only(faulty, write_rows, tmp_path, run_
     assert [row["id"] for row in read_lines(tmp_path / "out.failed.jsonl")] == ["odd"]
 
 
-def test_a_forbidden_prompt_fails_its_row_only_once_the_key_has_proved_good(faulty, write_rows, tmp_path, run_stage):
+def test_a_forbidden_prompt_fails_its_row_only(faulty, write_rows, tmp_path, run_stage):
     server = faulty(lambda: 403)
-    code, _, err = run_stage(teacher, *command(server.url, write_rows(PROMPTS[:1]), tmp_path / "out"))
-    assert code == 2 and "answered 403" in err and "check the key" in err and len(server.asked) == 1 and len(err.splitlines()) == 1
+    code, _, err = run_stage(teacher, *command(server.url, write_rows(PROMPTS), tmp_path / "out", "--concurrency", 1))
+    assert code == 1 and "stopped after 10 rows failed" in err and "answered 403" in err and "--key_env" in err and len(server.asked) < 13
     server = faulty(lambda: 403 if len(server.asked) == 3 else None)  # the second row's first request
     code, out, err = run_stage(teacher, *command(server.url, write_rows(PROMPTS[:4]), tmp_path / "out", "--concurrency", 1))
     assert code == 1 and "3 of 4 rows" in out and "answered 403" in err and len(server.asked) == 10  # no retry

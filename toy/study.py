@@ -13,7 +13,7 @@ a bad one, half the time each. What keeps the comparison fair:
     the distance moved    each result has its KL from the student before training, so that a slow method is not taken for a robust one
 
 Each run is one call of train.py's own main, in a process of its own with one thread. Finished runs stand in OUT_DIR/runs.jsonl: the
-same command after a crash or Ctrl-C goes on from there, and does those again that another rdpo.py or train.py made. All is seeded.
+same command after a crash or Ctrl-C goes on from there, and does those again that other code of rdpo.py, train.py or saving.py made. All is seeded.
 """
 import argparse
 import contextlib
@@ -213,7 +213,7 @@ def untrained(seed):
     return {name: judge(rows, [answer.text for answer in texts]) for name, texts in (("base", answers), ("SR", rewrites))}
 
 
-CODE = hashlib.sha256(b"".join(Path(ROOT, name).read_bytes() for name in ("rdpo.py", "train.py"))).hexdigest()[:12]
+CODE = hashlib.sha256(b"".join(Path(ROOT, name).read_bytes() for name in ("rdpo.py", "train.py", "saving.py"))).hexdigest()[:12]
 
 
 def finished_runs(path):
