@@ -83,7 +83,7 @@ class Client:
         Asks again, waiting longer each time, after what may pass: no answer, 408, 409, 429, 5xx (as long as Retry-After says), and a
         reply that `read` cannot read (cut, not JSON, null). RowFailed once the retries are used up, or at once where the server
         refuses this request (another 4xx). BadInput where it would refuse every one (wrong key, model, address), or never answers.
-        A 403 is a wrong key, or else moderation of this prompt: it tells of the key only while no request has been granted.
+        A 403 may be moderation of this prompt, or a wrong key: it refuses this request, and run_rows stops where nothing else comes.
         """
         began = time.monotonic()
         for attempt in range(self.retries + 1):
