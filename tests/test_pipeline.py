@@ -149,8 +149,9 @@ def test_a_real_server(llama_server, run_stage, write_rows, tmp_path, monkeypatc
     assert f"{cut} replies cut by --max_tokens" in out and 0 < sum(row["teacher"]["tokens"] for row in rows) <= 60 * 24
 
     code, out, err = run_stage(reward, *common, "--data", synthetic, "--out", scored, "--max_tokens", 24, "--verdict_retries", 1)
-    assert code == 0 and "20 of 20 rows" in out, err
     scores = [row[name] for row in read_lines(scored) for name in ("score_rejected", "score_chosen")]
+    nothing_read = scores.count(None) == len(scores)  # so small a model may never end as it is told to, which is then said
+    assert code == nothing_read and "20 of 20 rows" in out and nothing_read == ("no reply of smollm2 had a verdict" in err), err
     assert f"{40 - scores.count(None)} of 40 answers have a score" in out
     for row in read_lines(scored):
         for name in ("rejected", "chosen"):
