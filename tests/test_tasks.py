@@ -449,3 +449,8 @@ def test_nowhere_to_write(run_data, local_task, tmp_path):
     result = run_data("--task", local_task("safety"), "--held_out", tmp_path / "folder.jsonl")
     assert_one_line(result, tmp_path, "folder.jsonl: Is a directory")
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+
+
+def test_pages_of_a_rows_api_may_span_lines_and_follow_each_other_without_one():
+    page = {"rows": [{"row": {"question": "Why?"}}], "num_rows_total": 2}
+    assert data.parse_pages(json.dumps(page, indent=1) + json.dumps(page), "pages") == ([{"question": "Why?"}] * 2, 2)

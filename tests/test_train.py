@@ -394,6 +394,19 @@ def test_resume_needs_the_same_flags_and_rows(run_train, tmp_path, toy_rows, wri
     assert same_weights(before, weights_of(tmp_path / "out"))
 
 
+def test_resume_refuses_a_student_whose_weights_have_changed(run_train, tmp_path, toy_rows, write_rows):
+    shutil.copytree(TOY_STUDENT, tmp_path / "student")
+    flags = ["--data", write_rows(toy_rows[:32]), "--model", tmp_path / "student", "--max_steps", 2, "--max_new_tokens", 2, "--lora_rank", 2]
+    assert run_train(*flags)[0] == 0
+    assert run_train(*flags, "--resume")[0] == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] += 1
+    model.save_pretrained(tmp_path / "student")
+    code, _, err = run_train(*flags, "--resume")
+    assert code == 2 and "weights of --model" in err
+
+
 def test_a_run_killed_before_its_first_state_begins_again(run_train, tmp_path, toy_rows, write_rows):
     path = write_rows(toy_rows[:60])
     run_train("--data", path, "--max_steps", 2)
