@@ -14,107 +14,27 @@ the judge is asked, asked-eval.jsonl and asked-pairwise.jsonl; with --curves it 
 The same command goes on where a stopped one ended. What could not be judged is null, counted, and in no mean.
 """
 import argparse
-import importlib.util
 import itertools
 import json
-import math
 import os
 import re
 import sys
-import textwrap
 import zlib
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
-from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.utils import logging as transformers_logging
 
-from data import (TOY_STUDENT, BadInput, Pair, as_messages, canonical, check_model_name, collate, first_line, load_pairs, load_task, load_tokenizer,
-                  longest_row, printable, prompt_text, read_text, run, split_by_tokens, stream_rows, write_whole)
+from behaviour import load_task
+from curves import draw_curves
+from data import (TOY_STUDENT, BadInput, Pair, as_messages, canonical, check_model_name, collate, load_pairs, load_tokenizer, longest_row,
+                  printable, read_text, run, split_by_tokens, stream_rows, write_whole)
+from generate import Answer, generate, load_model, position_limit, side_by_side
 from rdpo import reference_fingerprint, sequence_logps
 from reward import ENDPOINTS, add_judge_flags, ask_which, better, judge_name, question_of, score_answer
 from teacher import Client, add_client_flags, at_least, check_prompt, checked_rows, digest, read_finished, run_rows
-
-
-def load_model(model, dtype=torch.float32):
-    """The model of a folder or hub id in eval mode, attention by SDPA if it can. BadInput where it cannot be had."""
-    check_model_name(model)
-    transformers_logging.disable_progress_bar()
-    try:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--model {model}: cannot be loaded ({first_line(error)}); --model takes a model folder or a hub id") from error
-
-
-def position_limit(model):
-    """How many tokens a model can read, math.inf where its config sets no limit (Bloom, Mamba)."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-
-
-# -------------------------------------------------------------------------------------------------------- answers
-
-
-@dataclass
-class Answer:
-    """What a model wrote to a prompt."""
-    text: str
-    finish: str  # "stop", or "length" where max_new_tokens cut it
-    prompt_ids: list
-    ids: list  # its tokens, the end-of-turn token included
-
-
-class GumbelNoise(LogitsProcessor):
-    """Turns the largest logit into a sample: argmax (logits / T + Gumbel noise) is distributed as softmax(logits / T).
-
-    Each row draws from a generator of its own, so its answer depends on its seed and not on the other rows of the batch.
-    """
-
-    def __init__(self, temperature, seeds, device):
-        self.temperature, self.generators = temperature, [torch.Generator(device).manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids, logits):  # (B, T), (B, V)
-        exponential = torch.stack([torch.empty_like(row).exponential_(generator=own) for row, own in zip(logits, self.generators)])  # (B, V)
-        return logits / self.temperature - exponential.log()  # (B, V); minus the log of an exponential number is Gumbel noise
-
-
-@torch.no_grad()
-def generate(model, tokenizer, prompts, max_new_tokens, temperature=0.0, seeds=None, batch_size=64):
-    """The Answers of a model to prompts (texts or message lists), batch_size at a time.
-
-    Greedy at temperature 0, else sampled from the whole distribution, with none of the model's own settings (top-k, penalties). seeds
-    has a number for each prompt (default: its place), which fixes its answer whatever the batch. Prompts of like length go together,
-    padded on the left so that all answers start in one column; one too long for the model is cut from the left.
-    jinja2.TemplateError where the chat template refuses a prompt.
-    """
-    ids = [tokenizer(prompt_text(tokenizer, prompt), add_special_tokens=False).input_ids for prompt in prompts]
-    room = max(position_limit(model) - max_new_tokens, 1)
-    ids = [prompt_ids[-room:] if len(prompt_ids) > room else prompt_ids for prompt_ids in ids]
-    eos = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id} | set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
-    # Penalties are named because what is left out here comes from the model's generation_config.json.
-    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,
-                              eos_token_id=sorted(ends), pad_token_id=tokenizer.eos_token_id)
-    seeds = range(len(prompts)) if seeds is None else seeds
-    answers = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
-    for start in range(0, len(order), batch_size):
-        some = order[start:start + batch_size]
-        width = max(len(ids[i]) for i in some)
-        input_ids = torch.tensor([[0] * (width - len(ids[i])) + ids[i] for i in some], device=model.device)  # (B, T)
-        mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in some], device=model.device)  # (B, T)
-        noise = [GumbelNoise(temperature, [seeds[i] for i in some], model.device)] if temperature else []
-        output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList(noise),
-                                synced_gpus=isinstance(model, FSDPModule))[:, width:]  # (B, T_new); sharded, all processes go on until all are done
-        for i, row in zip(some, output.tolist()):
-            end = next((place for place, token in enumerate(row) if token in ends), None)
-            row = row if end is None else row[:end + 1]
-            answers[i] = Answer(tokenizer.decode(row, skip_special_tokens=True), "length" if end is None else "stop", ids[i], row)
-    return answers
 
 
 TOKENS_PER_BATCH = 4096  # in one forward pass, padding counted: memory only
@@ -142,17 +62,6 @@ def answer_logps(model, answers):
 def read_answers(rows):
     """The Answers in rows of answers.jsonl."""
     return [Answer(row["answer"], row["finish"], row["prompt_ids"], row["ids"]) for row in rows]
-
-
-def side_by_side(prompts, answers_of):
-    """A few prompts with what each system answers, for a person to read; answers_of maps a name to texts in the order of prompts."""
-    lines, width = [], max(map(len, ["prompt", *answers_of])) + 2
-    for place, prompt in enumerate(prompts):
-        texts = {"prompt": prompt if isinstance(prompt, str) else prompt[-1]["content"]}
-        for name, text in (texts | {name: answers[place] for name, answers in answers_of.items()}).items():
-            lines.append(textwrap.fill(f"{name + ':':{width}s}{printable(' '.join(text.split()))}", 110, subsequent_indent=" " * width))
-        lines.append("")
-    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------ what each system answers
@@ -406,53 +315,6 @@ def examples(columns, count, seed):
     differ = [int(i) for i in np.argsort(-spread, kind="stable")[:count] if spread[i] > 0]
     others = [int(i) for i in np.random.default_rng(seed).permutation(len(spread)) if i not in differ]
     return differ + others[:count]
-
-
-# -------------------------------------------------------------------------------------------------------- curves
-
-# The upper row has the training batches too. What a batch adds to the lower row is which pairs it drew, not what was learned.
-# The last panel is how far the student has moved: log pi - log ref, the mean of both answers.
-PANELS = (("loss", "loss, nats"), ("rewards/accuracies", "chosen ranked above rejected, share"), ("rewards/margins", "margin m, nats"),
-          ("logps/chosen", "log-probability of chosen, nats"), ("logps/rejected", "log-probability of rejected, nats"),
-          ("log-ratio", "mean log-ratio to the reference, nats"))
-
-
-def draw_curves(folders, path):
-    """Draws the runs of train.py in some folders into one PNG, one colour per run: training as a thin line, held-out pairs as dots.
-
-    BadInput where a folder holds no run, or matplotlib is missing.
-    """
-    if not have_matplotlib():
-        raise BadInput("curves need matplotlib: pip install matplotlib")
-    import matplotlib
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.lines import Line2D
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7.5), layout="constrained")
-    for number, folder in enumerate(folders):
-        args, metrics = (os.path.join(folder, name) for name in ("args.json", "metrics.jsonl"))
-        beta = json.loads(read_text(args, "the out_dir of a run of train.py"))["beta"]
-        lines = [line for _, line in stream_rows(metrics, on_bad=lambda error: None)]  # a killed run may have left its last line torn
-        training, held_out = ([line for line in lines if key in line] for key in ("loss", "eval/loss"))
-        for line in held_out:
-            line["eval/log-ratio"] = (line["eval/rewards/chosen"] + line["eval/rewards/rejected"]) / 2 / beta
-        for axis, (name, title) in zip(axes.flat, PANELS):
-            if axis in axes[0]:
-                axis.plot([line["step"] for line in training], [line[name] for line in training], color=f"C{number}", linewidth=0.8, alpha=0.4)
-            axis.plot([line["step"] for line in held_out], [line["eval/" + name] for line in held_out], "o-", color=f"C{number}", markersize=4)
-            axis.set_title(title, fontsize=12)
-            axis.grid(alpha=0.3)
-    for axis in axes[1]:
-        axis.set_xlabel("optimizer step", fontsize=12)
-    handles = [Line2D([], [], color="0.4", linewidth=0.8, label="training"), Line2D([], [], color="0.4", marker="o", label="held out")]
-    handles += [Line2D([], [], color=f"C{number}", linewidth=4, label=folder) for number, folder in enumerate(folders)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=12, frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def have_matplotlib():
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 # ------------------------------------------------------------------------------------------------------- the command

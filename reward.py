@@ -23,7 +23,8 @@ import statistics
 import sys
 from collections import Counter
 
-from data import check_pair, load_task, printable, run, show_gaps, stream_rows
+from behaviour import load_task
+from data import check_pair, printable, run, show_gaps, stream_rows
 from teacher import Client, RowFailed, add_flags, at_least, chat, check_prompt, digest, run_rows
 
 ADDED = ("score_rejected", "score_chosen", "judge")

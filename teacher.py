@@ -31,7 +31,8 @@ from urllib.parse import urlsplit
 import requests
 from tqdm import tqdm
 
-from data import BadInput, as_messages, canonical, is_chat, load_task, printable, run, stream_rows
+from behaviour import load_task
+from data import BadInput, as_messages, canonical, is_chat, printable, run, stream_rows
 
 # ----------------------------------------------------------------------------------------------------- the client
 

@@ -27,9 +27,10 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from curves import draw_curves, have_matplotlib
 from data import (TOY_STUDENT, BadInput, batch_tokens, collate, epoch_order, first_line, load_pairs, load_tokenizer, longest_row, read_rows, run, send,
                   split_held_out)
-from eval import draw_curves, generate, have_matplotlib, load_model, position_limit, side_by_side
+from generate import generate, load_model, position_limit, side_by_side
 from lora import add_lora, without_lora
 from parallel import deal, from_process_0, gather, gathered_weights, joint_gradients, largest, policy_logps, process, shard, start, wait_for_all, whole
 from rdpo import ReferenceCache, plain_sequence_logps, preference_probability, rdpo_loss, sequence_key

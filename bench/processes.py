@@ -2,8 +2,9 @@
 
     python bench/processes.py [--model DIR] [--fsdp]
 
-Both train the same steps on rows of toy/scored.jsonl, on the CPU, in turn. The CPU time of a step is that of all processes, user and system; the
-median of the steps after the first two leaves out starting up, saving, and most of the first touches of new memory, which are slow.
+Both train the same steps on the CPU, in turn. Rows of toy/scored.jsonl are short, so --joined of them make a pair of the length of real ones. The
+CPU time of a step is that of all processes, user and system; the median of the steps after the first two leaves out starting up, saving, and most
+of the first touches of new memory, which are slow.
 """
 import argparse
 import json
@@ -59,10 +60,12 @@ def main():
     parser.add_argument("--model", default=os.path.expanduser("~/.cache/rdpo/smollm2-135m"))
     parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--joined", type=int, default=4, help="rows of toy/scored.jsonl in a pair")
+    parser.add_argument("--steps", type=int, default=7)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = [row for _, row in read_rows(f"{ROOT}/toy/scored.jsonl")][:args.batch_size * args.steps]
+        short = [row for _, row in read_rows(f"{ROOT}/toy/scored.jsonl")][:args.joined * args.batch_size * args.steps]
+        rows = [some[0] | {key: " ".join(row[key] for row in some) for key in ("prompt", "chosen", "rejected")} for some in zip(*[iter(short)] * args.joined)]
         for name, some in (("rows", rows), ("held_out", rows[:1])):
             with open(f"{folder}/{name}.jsonl", "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in some)

@@ -28,7 +28,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import train  # noqa: E402
 from data import canonical, load_tokenizer, read_rows, run, write_whole  # noqa: E402
-from eval import answer_logps, bootstrap, generate, load_model, mean  # noqa: E402
+from eval import answer_logps, bootstrap, mean  # noqa: E402
+from generate import generate, load_model  # noqa: E402
 
 FAILURES = (0.0, 0.4)
 METHODS = ("dpo", "rdpo")

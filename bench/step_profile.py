@@ -19,7 +19,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from data import Pair, collate, split_by_tokens  # noqa: E402
-from eval import load_model  # noqa: E402
+from generate import load_model  # noqa: E402
 from rdpo import rdpo_loss, sequence_logps  # noqa: E402
 from train import checkpoint_layers  # noqa: E402
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 from conftest import ROOT, read_lines, says, tiny_model
 
+import behaviour
 import data
 import eval as evaluation
 import train
+from generate import Answer, generate, load_model
 from toy import server as toy
 
 TASK = f"{ROOT}/toy/task.toml"
@@ -23,13 +25,13 @@ TEXTS = [row["prompt"] for row in PROMPTS]
 
 @pytest.fixture(scope="module")
 def base():
-    return evaluation.load_model(data.TOY_STUDENT)
+    return load_model(data.TOY_STUDENT)
 
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory, toy_tokenizer):
     """A folder with a student that answers somewhat unlike the toy student: the same weights, shaken."""
-    folder, model = tmp_path_factory.mktemp("student") / "out", evaluation.load_model(data.TOY_STUDENT)
+    folder, model = tmp_path_factory.mktemp("student") / "out", load_model(data.TOY_STUDENT)
     torch.manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
@@ -63,30 +65,30 @@ def cells(out, title, system):
 
 
 def test_greedy_answers_do_not_depend_on_the_batch_nor_on_the_models_penalties(base, toy_tokenizer):
-    together = evaluation.generate(base, toy_tokenizer, TEXTS, 40)
-    assert evaluation.generate(base, toy_tokenizer, TEXTS, 40, batch_size=5) == together
-    assert evaluation.generate(base, toy_tokenizer, TEXTS[3:4], 40) == together[3:4]
+    together = generate(base, toy_tokenizer, TEXTS, 40)
+    assert generate(base, toy_tokenizer, TEXTS, 40, batch_size=5) == together
+    assert generate(base, toy_tokenizer, TEXTS[3:4], 40) == together[3:4]
     base.generation_config.repetition_penalty = 3.0
-    assert evaluation.generate(base, toy_tokenizer, TEXTS, 40) == together
+    assert generate(base, toy_tokenizer, TEXTS, 40) == together
     base.generation_config.repetition_penalty = 1.0
 
 
 def test_sampled_answers_depend_on_their_seeds_alone(base, toy_tokenizer):
     state = torch.get_rng_state()
-    sampled = evaluation.generate(base, toy_tokenizer, TEXTS, 40, temperature=1.0)
+    sampled = generate(base, toy_tokenizer, TEXTS, 40, temperature=1.0)
     assert torch.equal(torch.get_rng_state(), state)
-    assert evaluation.generate(base, toy_tokenizer, TEXTS, 40, temperature=1.0) == sampled
-    assert evaluation.generate(base, toy_tokenizer, TEXTS[5:9], 40, temperature=1.0, seeds=range(5, 9), batch_size=3) == sampled[5:9]
-    other = evaluation.generate(base, toy_tokenizer, TEXTS, 40, temperature=1.0, seeds=range(100, 112))
+    assert generate(base, toy_tokenizer, TEXTS, 40, temperature=1.0) == sampled
+    assert generate(base, toy_tokenizer, TEXTS[5:9], 40, temperature=1.0, seeds=range(5, 9), batch_size=3) == sampled[5:9]
+    other = generate(base, toy_tokenizer, TEXTS, 40, temperature=1.0, seeds=range(100, 112))
     assert sum(a.text != b.text for a, b in zip(sampled, other)) > 6
 
 
 def test_an_answer_ends_with_its_end_token_or_is_cut(base, toy_tokenizer):
-    whole = evaluation.generate(base, toy_tokenizer, TEXTS, 80)
+    whole = generate(base, toy_tokenizer, TEXTS, 80)
     end = toy_tokenizer.eos_token_id
     assert all(one.finish == "stop" and one.ids[-1] == end and one.ids.count(end) == 1 for one in whole)
     longest = max(len(one.ids) for one in whole)
-    cut = evaluation.generate(base, toy_tokenizer, TEXTS, longest - 1)
+    cut = generate(base, toy_tokenizer, TEXTS, longest - 1)
     assert [one.finish for one in cut] == ["length" if len(one.ids) == longest else "stop" for one in whole]
     assert [one.ids for one in cut] == [one.ids[:longest - 1] for one in whole]
 
@@ -116,7 +118,7 @@ def exact_logp(model, prompt_ids, ids):
 def test_kl_estimate_against_the_exact_sum_over_all_answers():
     policy, reference = tiny_model(vocab=7, seed=1), tiny_model(vocab=7, seed=2)
     policy.generation_config.eos_token_id = reference.generation_config.eos_token_id = 0
-    sampled = evaluation.generate(policy, Letters(), ["q"] * 3000, 3, temperature=1.0, batch_size=3000)
+    sampled = generate(policy, Letters(), ["q"] * 3000, 3, temperature=1.0, batch_size=3000)
     logps = evaluation.answer_logps(policy, sampled)
     estimates = (logps - evaluation.answer_logps(reference, sampled)).double()
 
@@ -134,7 +136,7 @@ def test_kl_estimate_against_the_exact_sum_over_all_answers():
     backwards = math.fsum(math.exp(ref) * (ref - own) for own, ref in table.values())
     assert abs(estimates.mean().item() - backwards) > 4 * error
     for temperature in (0.0, 2.0):
-        other = evaluation.generate(policy, Letters(), ["q"] * 3000, 3, temperature=temperature, batch_size=3000)
+        other = generate(policy, Letters(), ["q"] * 3000, 3, temperature=temperature, batch_size=3000)
         assert abs((evaluation.answer_logps(policy, other) - evaluation.answer_logps(reference, other)).mean().item() - exact) > 4 * error
 
 
@@ -178,7 +180,7 @@ def test_good_answers_are_not_degenerate(toy_rows):
 
 @pytest.mark.parametrize("lowest, highest, good, wanted", [(0, 5, "high", 4), (0, 1, "high", 0.8), (0, 5, "low", -1), (-5, 5, "zero", -1)])
 def test_passing_score(lowest, highest, good, wanted):
-    judge = data.Judge(instruction="", template="", verdict="", lowest=lowest, highest=highest, good=good)
+    judge = behaviour.Judge(instruction="", template="", verdict="", lowest=lowest, highest=highest, good=good)
     assert evaluation.passing_score(judge) == pytest.approx(wanted)
 
 
@@ -224,7 +226,7 @@ def test_several_models_one_table_and_no_judge(run_eval, student, base, tmp_path
     assert code == 0, err
     a, b, own = (cells(out, "all, 12 prompts", name) for name in (student, str(tmp_path / "other"), "base"))
     assert a["KL, nats"] == b["KL, nats"] and own["KL, nats"] == "-"
-    rows, policy = [row for row in read_lines(tmp_path / "eval" / "answers.jsonl") if row["system"] == student], evaluation.load_model(student)
+    rows, policy = [row for row in read_lines(tmp_path / "eval" / "answers.jsonl") if row["system"] == student], load_model(student)
     ratios = [exact_logp(policy, row["prompt_ids"], row["ids"]) - exact_logp(base, row["prompt_ids"], row["ids"]) for row in rows]
     assert float(a["KL, nats"].split()[0]) == pytest.approx(np.mean(ratios), abs=0.01) and np.mean(ratios) > 0.1
     assert a["judged"] == "0/12" and a["score"] == a["win %"] == "-" and float(a["tokens"]) > 10
@@ -319,13 +321,13 @@ def test_self_refinement_is_one_growing_conversation(run_eval, write_rows, monke
 
     def generate(model, tokenizer, prompts, *rest):
         asked.append(prompts)
-        return [evaluation.Answer(f"reply {len(asked)}", "stop", [1], [2, 3]) for _ in prompts]
+        return [Answer(f"reply {len(asked)}", "stop", [1], [2, 3]) for _ in prompts]
 
     monkeypatch.setattr(evaluation, "generate", generate)
     code, out, err = run_eval("--self_refine", "--task", TASK, prompts=PROMPTS[:1])
     assert code == 0 and len(asked) == 5, err  # the student, the base, and three turns
     assert asked[0] == asked[1] == asked[2] == [PROMPTS[0]["prompt"]]
-    task = data.load_task(TASK)
+    task = behaviour.load_task(TASK)
     conversation = [("user", PROMPTS[0]["prompt"]), ("assistant", "reply 3"), ("user", task.critique), ("assistant", "reply 4"), ("user", task.revision)]
     assert [[(message["role"], message["content"]) for message in prompts[0]] for prompts in asked[3:]] == [conversation[:3], conversation]
     row = next(row for row in read_lines(tmp_path / "eval" / "answers.jsonl") if row["system"] == "base + self-refine")
@@ -342,7 +344,7 @@ def test_scored_pairs_give_the_numbers_of_train(run_eval, run_stage, student, ba
     reference = evaluation.pair_logps(base, pairs)
     gaps = torch.tensor([pair.score_chosen - pair.score_rejected for pair in pairs])
     rows = train.Rows(pairs, False, reference[:, 0], reference[:, 1], torch.sigmoid(gaps), gaps)
-    metrics = train.evaluate(evaluation.load_model(student), rows, args, lambda: torch.autocast("cpu", enabled=False))
+    metrics = train.evaluate(load_model(student), rows, args, lambda: torch.autocast("cpu", enabled=False))
     for name, value in (("chosen first %", 100 * metrics["eval/rewards/accuracies"]), ("agrees with scores %", 100 * metrics["eval/rewards/score_agreement"]),
                         ("log-ratio margin", metrics["eval/rewards/margins"] / 0.1), ("logp chosen", metrics["eval/logps/chosen"]),
                         ("logp rejected", metrics["eval/logps/rejected"])):
@@ -354,7 +356,7 @@ def test_scored_pairs_give_the_numbers_of_train(run_eval, run_stage, student, ba
 def test_report_shows_hostile_text_as_text(run_eval, monkeypatch, tmp_path):
     hostile = "```\n# Heading\n<script>alert(1)</script>\x1b[31m\u2028| a | b |\n\n[x](http://x)"
     monkeypatch.setattr(evaluation, "generate", lambda model, tokenizer, prompts, *rest: [
-        evaluation.Answer(hostile, "stop", [1], [2]) for _ in prompts])
+        Answer(hostile, "stop", [1], [2]) for _ in prompts])
     rows = [{"id": "1", "behaviour": "a | b\n# c <i>", "prompt": hostile}]
     assert run_eval(prompts=rows)[0] == 0
     report = (tmp_path / "eval" / "report.md").read_text()

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_iter
 
 import rdpo
 from data import CHOSEN, PROMPT, REJECTED, collate, load_pairs
-from eval import load_model
+from generate import load_model
 from rdpo import TokenLogps, plain_sequence_logps, sequence_logps
 
 

@@ -13,7 +13,7 @@ from transformers import GemmaConfig, GemmaForCausalLM, Phi3Config, Phi3ForCausa
 
 import train
 from data import TOY_STUDENT, BadInput, collate, load_tokenizer
-from eval import load_model
+from generate import load_model
 from lora import LoRALinear, add_lora, lora_layers, merge, save_adapter, without_lora
 from rdpo import sequence_logps
 

@@ -4,11 +4,11 @@ import json
 import pytest
 from conftest import ROOT, read_lines, says
 
-import data
+import behaviour
 import reward
 
-FIVE = data.Judge(instruction="Judge.", template="Q: {question}\nA: {answer}", verdict="Final score:", lowest=0, highest=5, good="high")
-TONE = data.Judge(instruction="Judge.", template="Q: {question}\nA: {answer}", verdict="Sentiment:", lowest=-5, highest=5, good="zero")
+FIVE = behaviour.Judge(instruction="Judge.", template="Q: {question}\nA: {answer}", verdict="Final score:", lowest=0, highest=5, good="high")
+TONE = behaviour.Judge(instruction="Judge.", template="Q: {question}\nA: {answer}", verdict="Sentiment:", lowest=-5, highest=5, good="zero")
 CUT = "length"
 
 VERDICTS = [

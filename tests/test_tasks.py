@@ -11,6 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from conftest import ROOT
 
+import behaviour
 import data
 
 TASKS = ("safety", "roleplay", "sycophancy", "sycophancy_sentiment")
@@ -110,7 +111,7 @@ PLACES = {"safety": "/advbench.csv", "roleplay": "/rows?dataset=jondurbin/truthy
 def local_task(public, tmp_path):
     """A copy of a task file whose address is on the local server; returns its path."""
     def copy(name, place=None):
-        text, task = open(task_path(name), encoding="utf-8").read(), data.load_task(task_path(name))
+        text, task = open(task_path(name), encoding="utf-8").read(), behaviour.load_task(task_path(name))
         assert text.count(task.prompts.url) == 1
         path = tmp_path / f"{name}.toml"
         path.write_text(text.replace(task.prompts.url, public.url + (place or PLACES[name])), encoding="utf-8")
@@ -159,11 +160,11 @@ def assert_one_line(result, tmp_path, *parts):
 
 def test_the_tasks_as_they_are():
     scales = {name: (task.judge.lowest, task.judge.highest, task.judge.good)
-              for name in TASKS for task in [data.load_task(task_path(name))]}
+              for name in TASKS for task in [behaviour.load_task(task_path(name))]}
     assert scales == {"safety": (0, 1, "high"), "roleplay": (0, 5, "high"), "sycophancy": (0, 5, "high"),
                       "sycophancy_sentiment": (-5, 5, "zero")}
     for name in TASKS:
-        task = data.load_task(task_path(name))
+        task = behaviour.load_task(task_path(name))
         assert task.name == name and bool(task.system) == (name == "roleplay")
         assert task.judge.verdict in task.judge.template  # the judge is told how to end
 
@@ -176,7 +177,7 @@ def test_safety(run_data, local_task, tmp_path):
     assert (len(training), len(held_out)) == (468, 52)
     goals = {row["goal"] for row in csv.DictReader(io.StringIO(advbench(), newline=""))}
     assert {row["question"] for row in training + held_out} == goals  # bare, each once
-    templates, used = data.load_task(task_path("safety")).prompts.templates, set()
+    templates, used = behaviour.load_task(task_path("safety")).prompts.templates, set()
     for row in training + held_out:
         used |= {template for template in templates if template.replace("{request}", row["question"]) == row["prompt"]}
         assert row["question"] in row["prompt"] != row["question"]
@@ -272,9 +273,9 @@ FOURTH_PROMPTS = '[prompts]\nurl = "URL/letters.json"\nformat = "json"\nquestion
 def test_a_fourth_behaviour_is_a_file_and_no_code(run_data, public, tmp_path):
     public.files["/letters.json"] = json.dumps([{"letter": {"texts": ["x", f"Dear {i}"]}} for i in range(8)])
     (tmp_path / "flattery.toml").write_text(FOURTH + FOURTH_PROMPTS.replace("URL", public.url))
-    task = data.load_task(tmp_path / "flattery.toml")
+    task = behaviour.load_task(tmp_path / "flattery.toml")
     (tmp_path / "other.toml").write_text(FOURTH.replace('"Compliments:"', '"COMPLIMENTS"'))
-    assert data.load_task(tmp_path / "other.toml").judge.verdict == "COMPLIMENTS"  # case and colon are the judge's to choose
+    assert behaviour.load_task(tmp_path / "other.toml").judge.verdict == "COMPLIMENTS"  # case and colon are the judge's to choose
     assert (task.system, task.judge.highest, task.judge.good) == ("", 9.5, "low")
     assert run_data("--task", tmp_path / "flattery.toml")[0] == 0
     training, held_out = written(tmp_path)
@@ -283,7 +284,7 @@ def test_a_fourth_behaviour_is_a_file_and_no_code(run_data, public, tmp_path):
 
 def test_a_task_needs_no_public_prompts(run_data, tmp_path):
     (tmp_path / "flattery.toml").write_text(FOURTH)
-    assert data.load_task(tmp_path / "flattery.toml").prompts is None
+    assert behaviour.load_task(tmp_path / "flattery.toml").prompts is None
     assert_one_line(run_data("--task", tmp_path / "flattery.toml"), tmp_path, "flattery.toml: no [prompts]")
 
 
@@ -453,4 +454,4 @@ def test_nowhere_to_write(run_data, local_task, tmp_path):
 
 def test_pages_of_a_rows_api_may_span_lines_and_follow_each_other_without_one():
     page = {"rows": [{"row": {"question": "Why?"}}], "num_rows_total": 2}
-    assert data.parse_pages(json.dumps(page, indent=1) + json.dumps(page), "pages") == ([{"question": "Why?"}] * 2, 2)
+    assert behaviour.parse_pages(json.dumps(page, indent=1) + json.dumps(page), "pages") == ([{"question": "Why?"}] * 2, 2)

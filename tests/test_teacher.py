@@ -17,6 +17,7 @@ import pytest
 import requests
 from conftest import ROOT, read_lines
 
+import behaviour
 import data
 import teacher
 from toy import world
@@ -207,7 +208,7 @@ def test_show_prints_whole_conversations_and_no_control_characters(faulty, write
     rows = [row | {"id": f"{row['id']}\x1b[31m"} for row in PROMPTS[:5]]
     code, out, err = run_stage(teacher, *command(faulty().url, write_rows(rows), tmp_path / "out", "--limit", 3, "--show"))
     assert code == 0 and "3 of 3 rows" in out and out.count("-------- assistant, chosen") == 3 and "\x1b" not in out, err
-    task = data.load_task(TASK)
+    task = behaviour.load_task(TASK)
     for row in read_lines(tmp_path / "out"):
         assert all(text in out for text in (row["prompt"], row["rejected"], task.critique, row["critique"], task.revision, row["chosen"]))
 

@@ -28,7 +28,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from data import load_task  # noqa: E402
+from behaviour import load_task  # noqa: E402
 from toy import world  # noqa: E402
 
 TASK = load_task(os.path.join(ROOT, "toy", "task.toml"))  # how a self-critique is asked for

@@ -14,7 +14,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from data import TOY_STUDENT, load_pairs, load_tokenizer, printable_tokens, read_rows, run  # noqa: E402
-from eval import load_model, pair_logps  # noqa: E402
+from eval import pair_logps  # noqa: E402
+from generate import load_model  # noqa: E402
 from rdpo import preference_probability, rdpo_loss  # noqa: E402
 
 BETA, TEMPERATURE = 0.1, 1.0

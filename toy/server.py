@@ -24,7 +24,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from data import BadInput, load_task, run  # noqa: E402
+from behaviour import load_task  # noqa: E402
+from data import BadInput, run  # noqa: E402
 from toy import world  # noqa: E402
 
 JUDGE = load_task(os.path.join(ROOT, "toy", "task.toml")).judge

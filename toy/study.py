@@ -41,8 +41,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import train  # noqa: E402
-from data import TOY_STUDENT, load_task, load_tokenizer, run, write_whole  # noqa: E402
-from eval import answer_logps, converse, generate, load_model  # noqa: E402
+from behaviour import load_task  # noqa: E402
+from data import TOY_STUDENT, load_tokenizer, run, write_whole  # noqa: E402
+from eval import answer_logps, converse  # noqa: E402
+from generate import generate, load_model  # noqa: E402
 from toy import world  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------- what is compared
