@@ -270,7 +270,8 @@ def notes_on(args, bar, answers, columns):
         lines.append("log-ratio margin: the loss's margin before beta, nats; logp: log-probability of an answer, nats")
     if args.base_url:
         lines.append("score: higher is better" + ("" if bar is None else f"; rate: share of answers with a score of {bar:g} or more") + "; win: "
-                     + ("the judge prefers the answer to the base's, mean of both orders" if args.pairwise else "share of prompts that score above the base, ties half"))
+                     + ("the judge prefers the answer to the base's, mean of both orders" if args.pairwise
+                        else "share of prompts that score above the base, ties half"))
         lines.append("at equal length: score minus the base's score, where both answers are equally long (linear regression)")
         lines += [f"could not judge {np.isnan(own['score']).sum()} of {len(own['score'])} answers of {name}"
                   for name, own in columns.items() if np.isnan(own["score"]).any()]
@@ -402,7 +403,8 @@ def main(argv=None):
             answers[REFINED] = answer_rows(path, REFINED, model, tokenizer, rows, task, args)
         if rows and args.temperature == 1:
             if name == "base":
-                kl = {student: (logps - answer_logps(model, read_answers(answers[student]))).double().numpy() for student, logps in answers_logps.items()}
+                kl = {student: (logps - answer_logps(model, read_answers(answers[student]))).double().numpy()
+                      for student, logps in answers_logps.items()}
             else:
                 answers_logps[name] = answer_logps(model, read_answers(answers[name]))
         del model

@@ -15,6 +15,9 @@ def load_model(model, dtype=torch.float32):
     """The model of a folder or hub id in eval mode, attention by SDPA if it can. BadInput where it cannot be had."""
     check_model_name(model)
     transformers_logging.disable_progress_bar()
+    # Of the attentions that SDPA chooses from, Hopper GPUs prefer cuDNN's, whose backward pass gives nan for some shapes of masked rows
+    # (github.com/pytorch/pytorch/issues/196678) and which makes a new plan for every shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
     except (OSError, ValueError) as error:

@@ -7,7 +7,6 @@ Fully sharded, FSDP2 (--fsdp)    every process keeps 1/N of each weight, gradien
 A pair's loss is divided by what the whole step holds, on whichever process it is computed, so that sums over processes are what
 one process would have computed, however the pairs were dealt out. Without torchrun there is one process, number 0 of 1.
 """
-import atexit
 import itertools
 import os
 import sys
@@ -34,7 +33,6 @@ def start(kind):
     if kind == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
-    atexit.register(dist.destroy_process_group)
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return device
@@ -48,6 +46,13 @@ def process():
 def wait_for_all():
     if dist.is_initialized():
         dist.barrier()
+
+
+def leave():
+    """Leaves the other processes, once all have come here. Not for errors: on GPUs it would wait for processes that wait for this one."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def largest(number):

@@ -102,7 +102,9 @@ def attention_mask(model, batch):
     visible = (place[:, None] >= place) & ((seen == 0) | (seen == segment))  # (R, T, T); 0 is the prompt; the diagonal is True
 
     def additive(visible):  # SDPA would take the booleans themselves, but eager attention would add them, as 0 and 1
-        mask = torch.zeros(visible.shape, dtype=compute_dtype(model), device=visible.device)
+        # In memory its rows begin at multiples of 8, or else each layer's attention, on a GPU, makes and keeps a copy of which they do.
+        rows, width, _ = visible.shape
+        mask = torch.zeros(rows, width, width + -width % 8, dtype=compute_dtype(model), device=visible.device)[..., :width]  # (R, T, T)
         return mask.masked_fill_(~visible, torch.finfo(mask.dtype).min)[:, None]
 
     config = vars(model.config.get_text_config())

@@ -46,7 +46,8 @@ def begin_out_dir(args):
     if args.overwrite:
         shutil.rmtree(os.path.join(args.out_dir, "state"), ignore_errors=True)
         for name in os.listdir(args.out_dir):
-            if name in ("metrics.jsonl", "curves.png", "config.json", "adapter_config.json") or name.endswith((".safetensors", ".safetensors.index.json")):
+            if (name in ("metrics.jsonl", "curves.png", "config.json", "adapter_config.json")
+                    or name.endswith((".safetensors", ".safetensors.index.json"))):
                 os.remove(os.path.join(args.out_dir, name))
     write_whole(os.path.join(args.out_dir, "args.json"), json.dumps(vars(args) | {"torch": torch.__version__}, indent=1))
 

@@ -32,7 +32,8 @@ from data import (TOY_STUDENT, BadInput, batch_tokens, collate, epoch_order, fir
                   split_held_out)
 from generate import generate, load_model, position_limit, side_by_side
 from lora import add_lora, without_lora
-from parallel import deal, from_process_0, gather, gathered_weights, joint_gradients, largest, policy_logps, process, shard, start, wait_for_all, whole
+from parallel import (deal, from_process_0, gather, gathered_weights, joint_gradients, largest, leave, policy_logps, process, shard, start,
+                      wait_for_all, whole)
 from rdpo import ReferenceCache, plain_sequence_logps, preference_probability, rdpo_loss, sequence_key
 from saving import begin_out_dir, cast_weights, check_out_dir, keep_metrics_until, load_state, save_model_folder, save_state, trained_weights
 
@@ -73,7 +74,8 @@ def parse_args(argv=None):
     parser.add_argument("--gradient_checkpointing", action="store_true", help="keep no activations within layers, compute them twice: less memory")
     parser.add_argument("--compile", action="store_true", help="fuse the model's operations with torch.compile")
     parser.add_argument("--fsdp", action="store_true", help="under torchrun: each process keeps a part of the weights, not all of them")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="compute dtype; trained weights stay float32")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+                        help="compute dtype; trained weights stay float32")
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     parser.add_argument("--cache_dir", default="~/.cache/rdpo", help="where reference log-probabilities are kept for all runs")
     # what comes out
@@ -369,7 +371,8 @@ def main(argv=None):
         answers_before = write_answers(model)
 
     # Optimizer: AdamW on the trained float32 weights; a gradient scaler only under float16; learning rate up, then down a cosine.
-    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad],
+                                  lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     steps_per_epoch = math.ceil(len(pairs) / args.batch_size)
     total_steps = args.max_steps or args.epochs * steps_per_epoch
@@ -382,7 +385,8 @@ def main(argv=None):
         return args.learning_rate * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup))) / 2
 
     # Resume: the model is loaded over, the data order follows from the step.
-    fingerprint = hashlib.sha256(repr([(p.prompt_ids, p.chosen_ids, p.rejected_ids) for p in pairs] + rows.tau.tolist() + [cache.name]).encode()).hexdigest()
+    ids = [(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs]
+    fingerprint = hashlib.sha256(repr(ids + rows.tau.tolist() + [cache.name]).encode()).hexdigest()
     state_dir, metrics_path = os.path.join(args.out_dir, "state"), os.path.join(args.out_dir, "metrics.jsonl")
     wait_for_all()  # all have looked at out_dir before it changes
     if number == 0:
@@ -502,6 +506,7 @@ def main(argv=None):
         if stop:
             progress.close()
             print(f"stopped after step {done}, saved; the same command with --resume goes on")
+            leave()
             sys.exit(128 + stop)
     progress.close()
 
@@ -512,7 +517,7 @@ def main(argv=None):
         answers_after = write_answers(model)
     weights = gathered_weights(model) if args.fsdp else trained_weights(model)
     if number > 0:
-        return wait_for_all()
+        return leave()
     if load_anew:
         model = load_model(args.model or TOY_STUDENT, dtype="auto")
         if args.lora_rank:
@@ -530,7 +535,7 @@ def main(argv=None):
         print(rates_table(world.rates(toy_rows, answers_before), world.rates(toy_rows, answers_after), len(toy_rows)))
     print(f"weights changed: {100 * changed.float().mean():.1f} % (of {len(changed)} sampled, as saved, in {str(own_dtype).removeprefix('torch.')})")
     print(f"{'adapter' if args.save_adapter else 'student'} saved in {args.out_dir} after {time.monotonic() - began:.0f} s")
-    wait_for_all()
+    leave()
 
 
 def warn(text):
@@ -551,7 +556,8 @@ def checkpoint_layers(model, dropout=0.0):
 
     With dropout in its adapters it must drop the same again.
     """
-    for layer in decoder_layers(model, "--gradient_checkpointing"):  # by hand, for transformers' own switch works in training mode only, which has dropout
+    # By hand, for transformers' own switch works in training mode only, which has dropout.
+    for layer in decoder_layers(model, "--gradient_checkpointing"):
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=dropout > 0)
 
 

@@ -121,10 +121,12 @@ def predict(args):
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         count, trained_count = (sum(weight.numel() for weight in weights) for weights in (list(model.parameters()), trained))
         frozen_bytes = 2 if args.dtype == "bfloat16" else 4
-        gathered = 0
+        gathered = sent = 0
         if args.fsdp > 1:  # two layers, the one at work and the next one, and what stands outside the layers
             layers = [sum(weight.nbytes for weight in layer.parameters()) for layer in model.base_model.layers]
             gathered = sum(weight.nbytes for weight in model.parameters()) - sum(layers) + 2 * layers[0]
+            # The next layer as it arrives, in one piece; the gradients of this one; those of the one before, in float32, to be added up.
+            sent = layers[0] + sum(weight.nbytes + 4 * weight.numel() for weight in model.base_model.layers[0].parameters() if weight.requires_grad)
             for weight in trained:  # a layer's gradients leave as soon as they are there
                 weight.register_post_accumulate_grad_hook(drop_gradient)
         else:  # there from an earlier micro-batch
@@ -135,7 +137,7 @@ def predict(args):
         activations = live.now - before
         live.peak = live.now
         loss.backward()
-    return {"weights": (4 * trained_count + frozen_bytes * (count - trained_count)) // args.fsdp, "gathered": gathered,
+    return {"weights": (4 * trained_count + frozen_bytes * (count - trained_count)) // args.fsdp, "gathered": gathered, "sent": sent,
             "gradients": 4 * trained_count // args.fsdp, "optimizer": 8 * trained_count // args.fsdp,
             "activations": activations, "backward": live.peak - before - activations}
 

@@ -20,7 +20,6 @@ sys.path.insert(0, ROOT)
 
 import train  # noqa: E402
 from data import read_rows, run  # noqa: E402
-from parallel import process  # noqa: E402
 
 
 def worker(clock_file, argv):
@@ -34,7 +33,7 @@ def worker(clock_file, argv):
 
     train.of_all_processes = noted
     train.main(argv)
-    with open(f"{clock_file}-{process()[0]}", "w", encoding="utf-8") as file:
+    with open(f"{clock_file}-{os.environ.get('RANK', 0)}", "w", encoding="utf-8") as file:
         json.dump(clock[1:-1], file)  # without the evaluations before the first step and after the last
 
 

@@ -84,6 +84,16 @@ def test_two_processes_one_dies_and_the_resumed_run_equals_one_process(start, tm
     assert lines[1]["loss"] == pytest.approx(0.6931, abs=1e-4) and lines[-2]["loss"] < 0.692
 
 
+@pytest.mark.parametrize("flags", [["--learning_rate", "1e-3"], ["--lora_rank", "4", "--learning_rate", "1e-2"]], ids=["fsdp", "lora_fsdp"])
+def test_sharded_in_16_bits_learns_as_one_process_does(start, tmp_path, flags):
+    finish(start(1, "alone", "--dtype", "bfloat16", *flags))
+    finish(start(2, "several", "--dtype", "bfloat16", "--fsdp", *flags))
+    (steps, held_out), (others, held_out_too) = map(read_metrics, (tmp_path / "alone", tmp_path / "several"))
+    assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in others], abs=0.01)
+    assert held_out[-1]["eval/loss"] == pytest.approx(held_out_too[-1]["eval/loss"], abs=0.01)
+    assert held_out[0]["eval/loss"] - held_out[-1]["eval/loss"] > 0.02  # control: there was something to learn
+
+
 def test_lora_on_two_processes_with_dropout_leaves_an_adapter(start, tmp_path):
     out = finish(start(2, "out", "--lora_rank", "4", "--lora_dropout", "0.1", "--save_adapter", "--gradient_checkpointing"))
     assert "29,184 parameters are trained, 5.38 % of 542,016" in out and "adapter saved" in out
@@ -141,6 +151,22 @@ def test_a_full_disk_leaves_the_state_before_whole(run_train, tmp_path, rows_pat
     assert "step-00000002" in os.listdir(tmp_path / "out" / "state") and "step-00000004" not in os.listdir(tmp_path / "out" / "state")
     code, out, _ = run_train(*flags, "--resume")
     assert code == 0 and "from step 2" in out and without_clock(tmp_path / "out") == without_clock(tmp_path / "straight")
+
+
+def test_a_full_disk_in_one_process_ends_all_and_leaves_the_state_before_whole(start, tmp_path):
+    process = start(2, "out", "--fsdp", "--max_steps", "5000", "--save_every", "20")
+    wait_for_step(tmp_path / "out", 25, process)
+    resource.prlimit(workers(process)[1], resource.RLIMIT_FSIZE, (1000, 1000))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "File too large" in err and "--resume goes on from the last state" in err
+    (whole,) = (name for name in os.listdir(tmp_path / "out" / "state") if not name.endswith(".tmp"))
+    last = read_lines(tmp_path / "out" / "metrics.jsonl")[-1]["step"]
+    assert whole == f"step-{last - 20:08d}"
+    process = start(2, "out", "--fsdp", "--max_steps", "5000", "--save_every", "20", "--resume")
+    wait_for_step(tmp_path / "out", last + 5, process)
+    process.terminate()
+    out, _ = process.communicate(timeout=30)
+    assert f"from step {last - 20}" in out
 
 
 def test_pairs_are_dealt_out_whole_and_evenly(monkeypatch):

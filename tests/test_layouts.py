@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import rdpo
-from data import CHOSEN, PROMPT, REJECTED, collate, load_pairs
+from data import CHOSEN, PROMPT, REJECTED, Pair, collate, load_pairs
 from generate import load_model
 from rdpo import TokenLogps, plain_sequence_logps, sequence_logps
 
@@ -68,6 +68,20 @@ def test_a_window_counts_places_of_the_conversation(monkeypatch):
     row_distance = torch.arange(mask.shape[2])[:, None] - torch.arange(mask.shape[2])
     monkeypatch.setattr(rdpo, "attention_mask", lambda *_: mask.masked_fill(row_distance >= model.config.sliding_window, torch.finfo().min))
     assert differ(batch, sequence_logps(model, batch), plain_sequence_logps(model, pairs)) > 1e-3
+
+
+@pytest.mark.parametrize("width", [16, 17, 23])
+def test_what_a_gpu_asks_of_attention(width, tmp_path):
+    """Its fused attention takes a mask as it is where all strides but the last are multiples of 8. cuDNN's attention is never used."""
+    model = tiny_model("mistral_window")
+    pairs = [Pair("", "", [1] * (width - 5), [2] * 3, [3] * 2, None, None)] * 2
+    mask = rdpo.attention_mask(model, collate(pairs, shared=True))
+    assert mask.shape == (2, 1, width, width) and mask.stride()[-1] == 1
+    assert all(stride % 8 == 0 for stride in mask.stride()[:-1])
+    model.save_pretrained(tmp_path)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_model(str(tmp_path))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 CHATS = {

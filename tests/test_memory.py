@@ -20,7 +20,8 @@ def test_weights_gradients_and_moments_take_16_bytes_a_parameter_and_a_share_of_
     assert [sharded[name] for name in ("weights", "gradients", "optimizer")] == [parameters, parameters, 2 * parameters]
     assert lora["gradients"] == 4 * 4_884_480 and lora["weights"] == whole["weights"] + lora["gradients"]
     assert checkpointed["activations"] < 0.2 * whole["activations"]
-    assert whole["gathered"] == 0 < sharded["gathered"] < whole["weights"]
+    assert whole["gathered"] == whole["sent"] == 0 < sharded["gathered"] < whole["weights"]
+    assert sharded["sent"] == 3 * 4 * 3_540_096  # a layer's weights as they arrive, its gradients, those of the layer before
 
 
 def test_live_bytes_follow_what_is_allocated_and_freed():
