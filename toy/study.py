@@ -13,7 +13,8 @@ a bad one, half the time each. What keeps the comparison fair:
     the distance moved    each result has its KL from the student before training, so that a slow method is not taken for a robust one
 
 Each run is one call of train.py's own main, in a process of its own with one thread. Finished runs stand in OUT_DIR/runs.jsonl: the
-same command after a crash or Ctrl-C goes on from there, and does those again that other code of rdpo.py, train.py or saving.py made. All is seeded.
+same command after a crash or Ctrl-C goes on from there, and does those again that other code of rdpo.py, train.py or saving.py made.
+All is seeded.
 """
 import argparse
 import contextlib
