@@ -1,6 +1,6 @@
 """How much memory training takes, computed from shapes alone: no weights, no GPU, no download.
 
-    python bench/memory.py                                          the recipes of README.md
+    python bench/memory.py                                          the recipes of docs/scale.md
     python bench/memory.py --shape solar-10.7b --lora_rank 16       one set of flags, as for train.py
     python bench/memory.py --check                                  predicts small steps, takes them, and compares (Linux)
 
@@ -24,9 +24,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import rdpo  # noqa: E402
-from data import Pair, batch_tokens, collate, run  # noqa: E402
-from lora import add_lora  # noqa: E402
-from train import checkpoint_layers  # noqa: E402
+from data import Pair, batch_tokens, collate  # noqa: E402
+from infra.command import run  # noqa: E402
+from infra.lora import add_lora  # noqa: E402
+from infra.models import checkpoint_layers  # noqa: E402
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied embeddings; biases and the like are left out
     "smollm2-135m": (576, 1536, 30, 9, 3, 49152, True),
@@ -35,7 +36,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, 
     "8b": (4096, 14336, 32, 32, 8, 128256, False),
     "solar-10.7b": (4096, 14336, 48, 32, 8, 32000, False),
 }
-RECIPES = (  # what README.md states
+RECIPES = (  # what docs/scale.md states
     "--shape smollm2-135m --dtype float32 --tokens_per_batch 1024",
     "--shape smollm2-135m --dtype float32 --tokens_per_batch 1024 --lora_rank 16",
     "--shape 8b --lora_rank 16 --gradient_checkpointing --tokens_per_batch 2048",
@@ -79,7 +80,7 @@ def build(args):
     if args.gradient_checkpointing:
         checkpoint_layers(model)
     pair = Pair("", "", [1] * args.prompt_length, [1] * args.answer_length, [1] * args.answer_length, None, None)
-    return model, collate([pair] * max(1, args.tokens_per_batch // batch_tokens(pair, shared=True)), shared=True)
+    return model, collate([pair] * max(1, args.tokens_per_batch // batch_tokens(pair, True)), share_prefix=True)
 
 
 def forward(model, batch, args):

@@ -15,7 +15,8 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from data import epoch_order, load_pairs, load_tokenizer  # noqa: E402
+from data import epoch_order, load_pairs  # noqa: E402
+from infra.models import load_tokenizer  # noqa: E402
 
 parser = argparse.ArgumentParser(description="The losses of plain DPO, here and in TRL.")
 parser.add_argument("--model", required=True)

@@ -19,19 +19,20 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import train  # noqa: E402
-from data import read_rows, run  # noqa: E402
+from infra.command import run  # noqa: E402
+from infra.rows import read_rows  # noqa: E402
 
 
 def worker(clock_file, argv):
-    """train.py, with the CPU time of this process noted once per step, where it exchanges losses with the others."""
-    exchange, clock = train.of_all_processes, []
+    """train.py, with the CPU time of this process noted once per step, where it sums the metrics over the ranks."""
+    exchange, clock = train.mean_metrics, []
 
     def noted(*arguments):
         usage = resource.getrusage(resource.RUSAGE_SELF)
         clock.append(usage.ru_utime + usage.ru_stime)
         return exchange(*arguments)
 
-    train.of_all_processes = noted
+    train.mean_metrics = noted
     train.main(argv)
     with open(f"{clock_file}-{os.environ.get('RANK', 0)}", "w", encoding="utf-8") as file:
         json.dump(clock[1:-1], file)  # without the evaluations before the first step and after the last

@@ -25,7 +25,9 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from data import TOY_STUDENT, epoch_order, load_pairs, load_tokenizer, prompt_text, read_rows  # noqa: E402
+from data import epoch_order, load_pairs, prompt_text  # noqa: E402
+from infra.models import TOY_STUDENT, load_tokenizer  # noqa: E402
+from infra.rows import read_rows  # noqa: E402
 
 CACHE = os.path.expanduser("~/.cache/rdpo")
 parser = argparse.ArgumentParser(description="Speed and memory, beside TRL's.")
@@ -96,10 +98,10 @@ def beside_trl(folder):
                         ("rdpo, one pair, checkpointing", ["--gradient_checkpointing", "--tokens_per_batch", 1])):
         output, steps, peak = train(folder, f"out{len(runs)}", *common, *flags)
         if not runs:  # the reference is computed by the first run only
-            reference, layout = float(re.search(r"computed in ([\d.]+) s", output)[1]), re.search("layout: .*", output)[0]
+            reference = float(re.search(r"reference computed for \d+ in ([\d.]+) s", output)[1])
         runs[name] = [step["loss"] for step in steps], [step["step_seconds"] for step in steps[1:]], peak
     output, *_ = train(folder, "again", *common, "--max_steps", 1, "--beta", 0.5)
-    again = int(re.search(r"log-probabilities: (\d+) pairs computed", output)[1])
+    again = int(re.search(r"reference computed for (\d+) in", output)[1])
     job = {"model": args.model, "batch_size": args.batch_size, "beta": 0.1, "max_length": 10**6, "learning_rates": [step["lr"] for step in steps]}
     end = tokenizer.eos_token  # as text that already carries the chat template, TRL adds the end-of-turn token only
     job["rows"] = [{"prompt": tokenizer.decode(pairs[i].prompt_ids), "chosen": tokenizer.decode(pairs[i].chosen_ids).removesuffix(end),
@@ -116,7 +118,7 @@ def beside_trl(folder):
     tokens = sum(2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
     assert sum(answer["tokens"]) == tokens, "the two trainers do not read the same tokens"
     tokens /= len(pairs)  # of a pair
-    print(f"{layout}\n{len(pairs)} pairs of {tokens:.0f} tokens, {args.batch_size} per step, {args.threads} threads; medians of {args.steps - 1} steps\n")
+    print(f"{len(pairs)} pairs of {tokens:.0f} tokens, {args.batch_size} per step, {args.threads} threads; medians of {args.steps - 1} steps\n")
     print("trainer                                              pairs/s  tokens/s  peak MiB  losses")
     for name, (losses, seconds, peak) in runs.items():
         rate = args.batch_size / statistics.median(seconds)
@@ -140,7 +142,7 @@ import resource, sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, sys.argv[1])
-from data import Pair, collate, split_by_tokens
+from data import Pair, collate, micro_batches
 from rdpo import sequence_logps
 torch.manual_seed(0)
 model = LlamaForCausalLM(LlamaConfig(vocab_size=int(sys.argv[2]), hidden_size=256, intermediate_size=768, num_hidden_layers=16,
@@ -149,7 +151,7 @@ optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 pairs = [Pair("", "", *torch.randint(4000, (600,)).split([300, 150, 150]), None, None) for _ in range(8)]
 pairs = [Pair("", "", *(ids.tolist() for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)), None, None) for pair in pairs]
 for _ in range(3):
-    for batch in split_by_tokens(pairs, range(8), 2400, True):
+    for batch in micro_batches(pairs, range(8), 2400, True):
         sequence_logps(model, collate([pairs[i] for i in batch], True)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()

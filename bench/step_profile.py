@@ -18,10 +18,9 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from data import Pair, collate, split_by_tokens  # noqa: E402
-from generate import load_model  # noqa: E402
+from data import Pair, collate, micro_batches  # noqa: E402
+from infra.models import checkpoint_layers, load_model  # noqa: E402
 from rdpo import rdpo_loss, sequence_logps  # noqa: E402
-from train import checkpoint_layers  # noqa: E402
 
 PEAK = 989e12  # FLOP/s, dense bf16, H100 and H200
 KINDS = {"matrix products": "mm|addmm_?|bmm", "attention": "_scaled_dot_product.*|_flash.*|_efficient.*|_cudnn.*", "AdamW": "_fused_adamw_",
@@ -54,13 +53,13 @@ def random_ids(length):
 
 pairs = [Pair("", "", random_ids(args.prompt_tokens), random_ids(args.answer_tokens), random_ids(args.answer_tokens), None, None)
          for _ in range(args.batch_size)]
-batches = [[pairs[i] for i in some] for some in split_by_tokens(pairs, range(len(pairs)), args.tokens_per_batch, True)]
+batches = [[pairs[i] for i in indices] for indices in micro_batches(pairs, range(len(pairs)), args.tokens_per_batch, True)]
 
 
 def step():
-    for some in batches:
+    for batch in batches:
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-            chosen, rejected = sequence_logps(model, collate(some, shared=True).to(device)).chunk(2)
+            chosen, rejected = sequence_logps(model, collate(batch, share_prefix=True).to(device)).chunk(2)
         losses, _, _ = rdpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), torch.ones_like(chosen), 0.1)
         (losses.sum() / len(pairs)).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,4 +1,4 @@
-"""Bad input: one line on stderr that names the place and the remedy, exit code 2, no traceback, and nothing computed or lost."""
+"""Bad input: one line on stderr with place and remedy, exit code 2, nothing computed or lost."""
 import json
 import os
 import shutil
@@ -7,25 +7,30 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, tiny_model
+from conftest import ROOT, assert_one_line, tiny_model
 
-import data
+import train
+from infra.models import TOY_STUDENT, load_tokenizer
 
-ROW = {"prompt": "Tell me about tea.", "chosen": "Tea is a drink.", "rejected": "No.", "score_chosen": 4, "score_rejected": 1}
+ROW = {"prompt": "Tell me about tea.", "chosen": "Tea is a drink.", "rejected": "No.",
+       "score_chosen": 4, "score_rejected": 1}
 
 
-def rows_with(**changes):
-    """1,000 good rows but for row 500."""
-    rows = [ROW | {"prompt": f"Tell me about tea number {i}."} for i in range(1000)]
-    rows[499] = {name: value for name, value in (rows[499] | changes).items() if value != "MISSING"}
+def rows_with(count=1000, **changes):
+    """Good rows but for row 500 (or the middle one)."""
+    rows = [ROW | {"prompt": f"Tell me about tea number {i}."} for i in range(count)]
+    middle = rows[count // 2 - 1] | changes
+    rows[count // 2 - 1] = {name: value for name, value in middle.items() if value != "MISSING"}
     return rows
 
 
+USER = {"role": "user", "content": "hi"}
+ASSISTANT = {"role": "assistant", "content": "hi"}
 BAD_ROWS = {
     "torn JSON": ('{"prompt": "a", "chos', "not JSON"),
-    "a list of numbers": ("[1, 2, 3]", "must be a JSON object"),
+    "a list of numbers": ("[1, 2, 3]", "item 1: a row must be a JSON object"),
     "a line that is a number": ("17\n", "must be a JSON object"),
-    "torn list": (json.dumps([ROW])[:-1], "no end"),
+    "torn list": (json.dumps([ROW])[:-1], "not JSON"),
     "torn item of a list": (json.dumps([ROW])[:-9], "not JSON"),
     "empty file": ("", "file is empty"),
     "blank file": ("\n \n", "file is empty"),
@@ -37,43 +42,37 @@ BAD_ROWS = {
     "empty text": (rows_with(rejected="  "), "`rejected` is empty"),
     "empty list": (rows_with(prompt=[]), "`prompt` is empty"),
     "messages without roles": (rows_with(prompt=["hello"]), "must hold messages"),
-    "prompt ends with the assistant": (rows_with(prompt=[{"role": "assistant", "content": "hi"}]), "must be the user's"),
-    "two answers": (rows_with(chosen=[{"role": "assistant", "content": "a"}] * 2), "one assistant message"),
+    "prompt ends with the assistant": (rows_with(prompt=[ASSISTANT]), "must be the user's"),
+    "two answers": (rows_with(chosen=[ASSISTANT] * 2), "one assistant message"),
+    "an answer of the user": (rows_with(chosen=[USER]), "one assistant message"),
     "no score": (rows_with(score_chosen="MISSING"), "no `score_chosen`"),
     "text score": (rows_with(score_chosen="4"), "must be a finite number"),
     "true score": (rows_with(score_rejected=True), "must be a finite number"),
     "NaN score": (rows_with(score_rejected=float("nan")), "must be a finite number"),
     "infinite score": (rows_with(score_rejected=float("inf")), "must be a finite number"),
-    "control token": (rows_with(chosen="Tea.<|end|>"), "control token"),
+    "control token": (rows_with(chosen="Tea.<|end|>"), "control token <|end|>"),
 }
 
 
-def assert_one_line(result, *parts):
-    code, out, err = result
-    assert code == 2, err
-    assert err.startswith("error: ") and err.count("\n") == 1, err
-    assert "step " not in out
-    for part in parts:
-        assert part in err, err
-
-
-@pytest.fixture
-def end_token(toy_tokenizer):
-    return toy_tokenizer.eos_token
-
-
 @pytest.mark.parametrize("case", BAD_ROWS)
-def test_bad_rows(run_train, tmp_path, write_rows, end_token, case):
+def test_bad_rows(run_train, tmp_path, write_rows, toy_tokenizer, capsys, case):
     rows, message = BAD_ROWS[case]
-    if case == "control token":
-        rows[499]["chosen"] = f"Tea.{end_token}"
     path = write_rows(rows)
     result = run_train("--data", path)
     assert_one_line(result, message, f"{path}:500: " if isinstance(rows, list) else path)
     assert not os.path.exists(tmp_path / "out")  # nothing begun
     if isinstance(rows, list):  # one row out of a thousand
-        code, out, _ = run_train("--data", path, "--skip_bad_rows", "--max_steps", 1)
-        assert code == 0 and "left out 1 of 1000 rows, bad row" in out and f"{path}:500" in out
+        args = train.get_args(["--data", path, "--skip_bad_rows"])
+        train_pairs, val_pairs = train.load_train_val(args, toy_tokenizer)
+        out = capsys.readouterr().out
+        assert "left out 1 of 1000 rows, bad row" in out and f"{path}:500" in out
+        assert len(train_pairs) + len(val_pairs) == 999
+
+
+def test_skip_bad_rows_trains_on_the_others(run_train, write_rows):
+    path = write_rows(rows_with(40, chosen=None))
+    code, out, _ = run_train("--data", path, "--skip_bad_rows", "--max_steps", 1)
+    assert code == 0 and "left out 1 of 40 rows, bad row" in out and "student saved" in out
 
 
 def test_no_file(run_train):
@@ -90,8 +89,14 @@ def test_not_utf_8(run_train, tmp_path):
     assert_one_line(run_train("--data", path), f"{path}:2: not UTF-8")
 
 
+def test_a_bad_item_of_a_list_is_named(run_train, write_rows):
+    path = write_rows(json.dumps([ROW, ROW | {"chosen": ""}], indent=1))
+    assert_one_line(run_train("--data", path), f"{path}, item 2: `chosen` is empty")
+
+
 def test_scores_are_not_needed_for_dpo(run_train, write_rows):
-    path = write_rows([{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows_with()[:20]])
+    path = write_rows([{name: row[name] for name in ("prompt", "chosen", "rejected")}
+                       for row in rows_with(20)])
     assert_one_line(run_train("--data", path), f"{path}:1: no `score_chosen`", "--loss dpo")
     assert run_train("--data", path, "--loss", "dpo", "--max_steps", 1)[0] == 0
 
@@ -101,29 +106,34 @@ def test_all_scores_null(run_train, write_rows):
     assert_one_line(run_train("--data", path), "no row left to use", "no score")
 
 
-def test_chosen_equal_to_rejected_is_dropped_and_counted(run_train, write_rows):
-    path = write_rows(rows_with(chosen="No.")[490:530])
-    code, out, _ = run_train("--data", path, "--max_steps", 1)
-    assert code == 0 and f"left out 1 of 40 rows, chosen equals rejected: {path}:10" in out
+def test_chosen_equal_to_rejected_is_dropped_and_counted(toy_tokenizer, write_rows, capsys):
+    path = write_rows(rows_with(40, chosen="No."))
+    train.load_train_val(train.get_args(["--data", path]), toy_tokenizer)
+    assert f"left out 1 of 40 rows, chosen equals rejected: {path}:20" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "./missing", "missing"])
 def test_no_model_folder(run_train, write_rows, name):
-    assert_one_line(run_train("--data", write_rows([ROW]), "--model", name), f"--model {name}", "no such folder", "takes a model folder")
+    result = run_train("--data", write_rows([ROW]), "--model", name)
+    assert_one_line(result, f"--model {name}", "no such folder", "takes a model folder")
 
 
 def test_hub_id_that_cannot_be_had(run_train, write_rows):
-    assert_one_line(run_train("--data", write_rows([ROW]), "--model", "nobody/nothing"), "--model nobody/nothing", "takes a model folder")
+    result = run_train("--data", write_rows([ROW]), "--model", "nobody/nothing")
+    assert_one_line(result, "--model nobody/nothing", "takes a model folder")
 
 
 def test_folder_without_a_model(run_train, write_rows, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert_one_line(run_train("--data", write_rows([ROW]), "--model", tmp_path / "empty"), "takes a model folder")
+    result = run_train("--data", write_rows([ROW]), "--model", tmp_path / "empty")
+    assert_one_line(result, "takes a model folder")
 
 
 def test_folder_without_weights(run_train, write_rows, tmp_path):
-    shutil.copytree(data.TOY_STUDENT, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-    assert_one_line(run_train("--data", write_rows(rows_with()[:20]), "--model", tmp_path / "model"), "cannot be loaded", "takes a model folder")
+    shutil.copytree(TOY_STUDENT, tmp_path / "model",
+                    ignore=shutil.ignore_patterns("*.safetensors"))
+    result = run_train("--data", write_rows(rows_with(20)), "--model", tmp_path / "model")
+    assert_one_line(result, "cannot be loaded", "takes a model folder")
 
 
 def save_model(folder, model, tokenizer):
@@ -133,65 +143,79 @@ def save_model(folder, model, tokenizer):
 
 
 def test_chat_rows_without_a_chat_template(run_train, write_rows, tmp_path):
-    shutil.copytree(data.TOY_STUDENT, tmp_path / "model", ignore=shutil.ignore_patterns("chat_template*"))
+    shutil.copytree(TOY_STUDENT, tmp_path / "model",
+                    ignore=shutil.ignore_patterns("chat_template*"))
     path = write_rows([ROW | {"prompt": [{"role": "user", "content": "Tea?"}]}])
-    assert_one_line(run_train("--data", path, "--model", tmp_path / "model"), f"{path}:1: ", "no chat template", "instruct model")
+    result = run_train("--data", path, "--model", tmp_path / "model")
+    assert_one_line(result, f"{path}:1: ", "no chat template", "instruct model")
 
 
 def test_rows_longer_than_the_model_takes(run_train, write_rows, tmp_path, toy_tokenizer):
     model = save_model(tmp_path / "model", tiny_model("gpt2", len(toy_tokenizer)), toy_tokenizer)
     path = write_rows([ROW | {"prompt": f"tea {i} " * 200} for i in range(20)])
-    assert_one_line(run_train("--data", path, "--model", model), "the model takes 256", "--max_length 256")
-    assert run_train("--data", path, "--model", model, "--max_length", 256, "--max_steps", 1)[0] == 0
+    result = run_train("--data", path, "--model", model)
+    assert_one_line(result, "the model takes 256", "--max_length 256")
+    result = run_train("--data", path, "--model", model, "--max_length", 256, "--max_steps", 1)
+    assert result[0] == 0
 
 
 def test_max_length_too_small(run_train, write_rows):
-    assert_one_line(run_train("--data", write_rows(rows_with()[:20]), "--max_length", 4), "no response token left", "--max_length is 4")
-    assert_one_line(run_train("--data", "rows.jsonl", "--max_length", 0), "--max_length must be above 0")
+    result = run_train("--data", write_rows(rows_with(20)), "--max_length", 4)
+    assert_one_line(result, "no response token left", "--max_length is 4")
 
 
 def test_out_dir_taken(run_train, write_rows, tmp_path):
-    path = write_rows(rows_with()[:30])
+    path, out = write_rows(rows_with(30)), tmp_path / "out"
     assert run_train("--data", path, "--max_steps", 1)[0] == 0
-    before = {name: os.path.getmtime(tmp_path / "out" / name) for name in os.listdir(tmp_path / "out")}
+    before = {name: os.path.getmtime(out / name) for name in os.listdir(out)}
     assert_one_line(run_train("--data", path, "--max_steps", 1), "--resume", "--overwrite")
-    assert before == {name: os.path.getmtime(tmp_path / "out" / name) for name in os.listdir(tmp_path / "out")}
+    assert before == {name: os.path.getmtime(out / name) for name in os.listdir(out)}
+    (out / "model-00001-of-00002.safetensors").write_text("of a larger student")
     assert run_train("--data", path, "--max_steps", 1, "--overwrite")[0] == 0
+    assert not (out / "model-00001-of-00002.safetensors").exists()
 
 
 def test_out_dir_that_is_somebody_elses(run_train, write_rows, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("dear")
-    path = write_rows(rows_with()[:30])
-    assert_one_line(run_train("--data", path, "--out_dir", tmp_path / "home", "--overwrite"), "holds no run of train.py")
+    path = write_rows(rows_with(30))
+    result = run_train("--data", path, "--out_dir", tmp_path / "home", "--overwrite")
+    assert_one_line(result, "holds no run of train.py")
     assert (tmp_path / "home" / "letter.txt").read_text() == "dear"
 
 
 def test_out_dir_that_is_the_students(run_train, write_rows, tmp_path, toy_tokenizer):
     model = save_model(tmp_path / "model", tiny_model("llama", len(toy_tokenizer)), toy_tokenizer)
-    result = run_train("--data", write_rows(rows_with()[:30]), "--model", model, "--out_dir", model, "--overwrite")
+    result = run_train("--data", write_rows(rows_with(30)), "--model", model, "--out_dir", model,
+                       "--overwrite")
     assert_one_line(result, "--model's own folder")
     assert (model / "model.safetensors").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_asked_for_and_absent(run_train, write_rows):
-    assert_one_line(run_train("--data", write_rows([ROW]), "--device", "cuda"), "--device cuda", "--device cpu")
+    result = run_train("--data", write_rows([ROW]), "--device", "cuda")
+    assert_one_line(result, "--device cuda", "--device cpu")
 
 
 def test_float16_needs_cuda(run_train, write_rows):
-    assert_one_line(run_train("--data", write_rows([ROW]), "--device", "cpu", "--dtype", "float16"), "--dtype float16 needs --device cuda")
+    result = run_train("--data", write_rows([ROW]), "--device", "cpu", "--dtype", "float16")
+    assert_one_line(result, "--dtype float16 needs --device cuda")
 
 
-@pytest.mark.parametrize("flags", [["--beta", 0], ["--temperature", -1], ["--batch_size", 0], ["--max_steps", 0], ["--label_smoothing", 0.7, "--loss", "dpo"],
-                                   ["--label_smoothing", 0.1]])
-def test_numbers_out_of_range(run_train, flags):
-    assert_one_line(run_train("--data", "rows.jsonl", *flags), str(flags[0]))
+@pytest.mark.parametrize("flags", [
+    ["--beta", 0], ["--beta", "nan"], ["--temperature", -1], ["--batch_size", 0],
+    ["--max_steps", 0], ["--max_length", 0], ["--label_smoothing", 0.7, "--loss", "dpo"],
+    ["--label_smoothing", 0.1], ["--lora_alpha", 8], ["--save_adapter"], ["--lora_rank", -1],
+    ["--fsdp", "--compile"], ["--fsdp"], ["--betta", 1], ["--loss", "ppo"]], ids=str)
+def test_flags_out_of_range_or_that_do_not_go_together(run_train, flags):
+    assert_one_line(run_train("--data", "rows.jsonl", *flags), flags[0])
 
 
 def test_loss_not_finite(run_train, write_rows, tmp_path):
-    path = write_rows(rows_with()[:60])
-    code, out, err = run_train("--data", path, "--learning_rate", 1e9, "--epochs", 10, "--save_every", 1)
+    path = write_rows(rows_with(60))
+    code, _, err = run_train("--data", path, "--learning_rate", 1e9, "--epochs", 10,
+                             "--save_every", 1)
     assert code == 2 and err.startswith("error: step ") and err.count("\n") == 1
     assert "lower --learning_rate" in err and f"{path}:" in err
     stopped_at = int(err.split()[2].rstrip(":"))
@@ -202,26 +226,40 @@ def test_weights_that_are_not_finite(run_train, write_rows, tmp_path, toy_tokeni
     model = tiny_model("llama", len(toy_tokenizer))
     with torch.no_grad():
         model.lm_head.weight[:] = float("nan")
-    result = run_train("--data", write_rows(rows_with()[:30]), "--model", save_model(tmp_path / "model", model, toy_tokenizer))
-    assert_one_line(result, "finite")
+    folder = save_model(tmp_path / "model", model, toy_tokenizer)
+    assert_one_line(run_train("--data", write_rows(rows_with(30)), "--model", folder), "finite")
 
 
-def test_model_that_changes_its_logits_in_an_unknown_way_is_refused(run_train, write_rows, tmp_path, toy_tokenizer):
-    """Falcon-H1 multiplies them by `lm_head_multiplier`, a name that rdpo.logit_scaling does not know; by 1 it is taken."""
+def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused(
+        run_train, write_rows, tmp_path, toy_tokenizer):
+    """Falcon-H1 multiplies them by `lm_head_multiplier`, unknown to rdpo.logit_scaling."""
     from transformers import FalconH1Config, FalconH1ForCausalLM
-    path = write_rows(rows_with()[:30])
+    path = write_rows(rows_with(30))
     for multiplier in (0.5, 1.0):
-        config = FalconH1Config(vocab_size=len(toy_tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-                                num_key_value_heads=2, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1,
-                                lm_head_multiplier=multiplier)
-        model = save_model(tmp_path / f"model-{multiplier}", FalconH1ForCausalLM(config), toy_tokenizer)
-        result = run_train("--data", path, "--model", model, "--max_steps", 1, "--max_new_tokens", 1)
+        config = FalconH1Config(
+            vocab_size=len(toy_tokenizer), hidden_size=32, intermediate_size=48,
+            num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, mamba_d_ssm=32,
+            mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1,
+            lm_head_multiplier=multiplier)
+        model = save_model(tmp_path / f"model-{multiplier}", FalconH1ForCausalLM(config),
+                           toy_tokenizer)
+        result = run_train("--data", path, "--model", model, "--max_steps", 1)
         if multiplier == 0.5:
             assert_one_line(result, "own logits")
     assert result[0] == 0
 
 
-def test_unknown_flag_and_no_traceback_in_a_real_process(write_rows):
+def test_no_traceback_in_a_real_process():
     for flags in (["--data", "rows.jsonl", "--betta", "1"], ["--data", "missing.jsonl"]):
-        done = subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.strip()
+        done = subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True,
+                              text=True)
+        assert_one_line((done.returncode, done.stdout, done.stderr))
+
+
+def test_a_tokenizer_without_an_end_token(tmp_path, toy_tokenizer, run_train, write_rows):
+    shutil.copytree(TOY_STUDENT, tmp_path / "model")
+    tokenizer = load_tokenizer(TOY_STUDENT)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    result = run_train("--data", write_rows([ROW]), "--model", tmp_path / "model")
+    assert_one_line(result, "no eos token")

@@ -1,58 +1,71 @@
-"""Rows, chat templates, truncation and batches."""
+"""Rows, chat templates, truncation, splits and micro-batches."""
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, random_pairs
+from conftest import random_pairs
 
 import data
-from data import BadInput, Pair, Report, canonical, check_pair, encode_pair, epoch_order, load_pairs, read_rows, split_held_out, stream_rows, truncate
+from data import (Pair, batch_tokens, collate, encode_pair, epoch_order, load_pairs, micro_batches,
+                  split_train_val, truncate)
+from infra.command import BadInput
+from infra.rows import RowCounts, canonical, check_pair, read_rows, stream_rows
 
-ROW = {"prompt": "Tell me about tea.", "chosen": "Tea is a drink.", "rejected": "No.", "score_chosen": 4, "score_rejected": 1.5}
+ROW = {"prompt": "Tell me about tea.", "chosen": "Tea is a drink.", "rejected": "No.",
+       "score_chosen": 4, "score_rejected": 1.5}
 
-# Chat templates of the kinds in common use: what they write behind a finished answer differs.
-CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+# Common kinds of chat templates. They differ in what they write after a finished answer.
+TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+CHATML = ("{% for m in messages %}" + TURN + "{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-TRIMMING = ("<s>{% for m in messages %}<|im_start|>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<|im_end|>\n"
-            "{% endfor %}{% if add_generation_prompt %}<|im_start|>model\n{% endif %}")
+TRIMMING = ("<s>" + CHATML.replace("m.content", "m.content | trim")
+            .replace("{{ m.role }}", "{{ 'model' if m.role == 'assistant' else m.role }}")
+            .replace("<|im_start|>assistant", "<|im_start|>model"))
 CLOSING = CHATML.replace("{% if add", "{% if not add_generation_prompt %}</s>{% endif %}{% if add")
-NO_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-THINKING = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
-NO_SYSTEM = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}{% endfor %}" + CHATML
+NO_END = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+          "{% if add_generation_prompt %}assistant: {% endif %}")
+THINKING = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+NO_SYSTEM = CHATML.replace(TURN, "{% if m.role == 'system' %}"
+                                 "{{ raise_exception('no system role') }}{% endif %}" + TURN)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """A small byte-level tokenizer with ChatML's control tokens and a pad id that equals its eos id."""
+    """A small byte-level tokenizer with ChatML's control tokens. Its pad id equals its eos id."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
     core.train_from_iterator(["tell me about tea and tea is a drink\n\n"] * 20, trainers.BpeTrainer(
         vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    core.add_special_tokens([AddedToken(token, special=True) for token in ("<s>", "</s>", "<|im_start|>", "<|im_end|>")])
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="<|im_end|>", pad_token="<|im_end|>")
+    core.add_special_tokens([AddedToken(token, special=True)
+                             for token in ("<s>", "</s>", "<|im_start|>", "<|im_end|>")])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="<|im_end|>",
+                                   pad_token="<|im_end|>")
 
 
 def encode(tokenizer, row, template=CHATML, max_length=1024):
     tokenizer.chat_template = template
-    return encode_pair(canonical(row), "rows.jsonl:1", tokenizer, max_length, True, Report())
+    return encode_pair(canonical(row), "rows.jsonl:1", tokenizer, max_length, True, RowCounts())
 
 
-# ----------------------------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------- rows
 
 
 @pytest.mark.parametrize("theirs", [
-    {"response_revised": "good", "response": "bad", "score_response_revised": 5, "score_response": 1},
-    {"response_revised": "good", "response_persona": "bad", "score_revised": 5, "score_persona": 1},
+    {"response_revised": "good", "response": "bad", "score_response_revised": 5,
+     "score_response": 1},
+    {"response_revised": "good", "response_persona": "bad", "score_revised": 5,
+     "score_persona": 1},
     {"summary_after": "good", "summary_pre": "bad", "scores_after": 5, "scores_pre": 1},
     {"chosen": "good", "rejected": "bad", "metadata": {"score_chosen": 5, "score_rejected": 1}},
-    {"chosen_response": "good", "rejected_response": "bad", "chosen_rating": 5, "rejected_rating": 1},
+    {"chosen_response": "good", "rejected_response": "bad", "chosen_rating": 5,
+     "rejected_rating": 1},
     {"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "good"}],
-     "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "bad"}], "chosen-rating": 5, "rejected-rating": 1},
-    {"chosen": [{"role": "assistant", "content": "good"}], "rejected": [{"role": "assistant", "content": "bad"}],
+     "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "bad"}],
+     "chosen-rating": 5, "rejected-rating": 1},
+    {"chosen": [{"role": "assistant", "content": "good"}],
+     "rejected": [{"role": "assistant", "content": "bad"}],
      "score_chosen": 5, "score_rejected": 1},
 ])
 def test_aliases(theirs):
@@ -63,30 +76,35 @@ def test_aliases(theirs):
 
 def test_prompt_inside_both_answers():
     before = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
-    row = canonical({"chosen": before + [{"role": "assistant", "content": "good"}], "rejected": before + [{"role": "assistant", "content": "bad"}]})
+    row = canonical({"chosen": before + [{"role": "assistant", "content": "good"}],
+                     "rejected": before + [{"role": "assistant", "content": "bad"}]})
     assert check_pair(row, "x:1", False) == (before, "good", "bad", None, None)
 
 
-def test_lines_and_lists_read_alike_and_know_their_lines(write_rows):
+def test_lines_and_lists_read_alike_and_name_their_rows(write_rows):
     lines = write_rows("\ufeff" + json.dumps(ROW) + "\n\n" + json.dumps(ROW) + "\n")
     assert [where for where, _ in read_rows(lines)] == [f"{lines}:1", f"{lines}:3"]
     listed = write_rows(json.dumps([ROW, ROW], indent=1), "list.json")
-    assert [where for where, _ in read_rows(listed)] == [f"{listed}:2", f"{listed}:9"]
-    assert [row for _, row in read_rows(lines)] == [row for _, row in read_rows(listed)] == [ROW, ROW]
+    assert [where for where, _ in read_rows(listed)] == [f"{listed}, item 1", f"{listed}, item 2"]
+    for path in (lines, listed):
+        assert [row for _, row in read_rows(path)] == [ROW, ROW]
+    with pytest.raises(BadInput, match="list.json, item 2: a row must be a JSON object"):
+        read_rows(write_rows(json.dumps([ROW, []]), "list.json"))
 
 
-def test_lines_are_streamed_and_bad_ones_are_found_as_they_come(tmp_path):
+def test_lines_are_streamed_and_bad_ones_are_refused_when_reached(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(ROW).encode() + b'\n\n{"prompt": 3}\n{"prompt": "caf\xe9"}\n')
     rows = stream_rows(path)
-    assert [next(rows), next(rows)] == [(f"{path}:1", ROW), (f"{path}:3", {"prompt": 3})]  # the fourth line is not read yet
+    # The fourth line is not read yet.
+    assert [next(rows), next(rows)] == [(f"{path}:1", ROW), (f"{path}:3", {"prompt": 3})]
     with pytest.raises(BadInput, match="rows.jsonl:4: not UTF-8"):
         next(rows)
     path.write_bytes(b'\n[\n{"a": 1},\n{"b": "\xe9"}]')
     with pytest.raises(BadInput, match="rows.jsonl:4: not UTF-8"):
         read_rows(path)
     path.write_bytes(b'\n[\n{"a": 1},\n{"b": 2\n}, {"c"}]')
-    with pytest.raises(BadInput, match="rows.jsonl:5: not JSON .Expecting ':' delimiter.;"):
+    with pytest.raises(BadInput, match="rows.jsonl.*: not JSON .Expecting ':' delimiter.;"):
         read_rows(path)
 
 
@@ -99,41 +117,49 @@ def test_bad_lines_are_counted_when_asked(write_rows, tokenizer):
     path = write_rows("\n".join(rows))
     with pytest.raises(BadInput, match=":3: not JSON"):
         load_pairs(path, tokenizer, 64, True)
-    pairs, report = load_pairs(path, tokenizer, 64, True, skip_bad_rows=True)
+    pairs, counts = load_pairs(path, tokenizer, 64, True, skip_bad_rows=True)
     assert [pair.prompt for pair in pairs] == ["q0", "q1", "q3", "q5", "q7"]
-    assert report.rows == 8 and report.dropped_count() == 3
+    assert counts.rows == 8 and counts.dropped_count() == 3
 
 
 def test_null_score_is_left_out_by_name_only_where_scores_are_needed(write_rows, tokenizer):
     tokenizer.chat_template = CHATML
     path = write_rows([ROW, ROW | {"score_chosen": None}])
-    pairs, report = load_pairs(path, tokenizer, 64, True)
-    assert len(pairs) == 1 and report.dropped == {"no score": [f"{path}:2"]}
+    pairs, counts = load_pairs(path, tokenizer, 64, True)
+    assert len(pairs) == 1 and counts.dropped == {"no score": [f"{path}:2"]}
     assert len(load_pairs(path, tokenizer, 64, False)[0]) == 2
 
 
 def test_a_pair_with_an_answer_that_the_teacher_did_not_finish_is_left_out(write_rows, tokenizer):
     tokenizer.chat_template = CHATML
-    finishes = [["length", "stop", "stop"], ["stop", "stop", "length"], ["stop", "length", "stop"], ["length"], "length", None, [["length"], 1, {}]]
-    path = write_rows([ROW | {"teacher": {"finish": finish}} for finish in finishes] + [ROW | {"teacher": other} for other in ("length", ["length"] * 3, {}, 5)])
-    pairs, report = load_pairs(path, tokenizer, 64, True)
-    assert len(pairs) == 9 and report.dropped == {"an answer was cut by the teacher's --max_tokens": [f"{path}:1", f"{path}:2"]}
+    finishes = [["length", "stop", "stop"], ["stop", "stop", "length"], ["length"],  # left out
+                ["stop", "stop", "stop", "stop", "length"],  # left out: two rounds, a cut rewrite
+                ["stop", "length", "stop"], ["stop", "stop", "length", "stop", "stop"],
+                "length", None, [["length"], 1, {}]]
+    teachers = [{"finish": finish} for finish in finishes] + ["length", ["length"] * 3, {}, 5]
+    path = write_rows([ROW | {"teacher": teacher} for teacher in teachers])
+    pairs, counts = load_pairs(path, tokenizer, 64, True)
+    assert len(pairs) == 9
+    assert counts.dropped == {"an answer was cut by the teacher's --max_tokens":
+                              [f"{path}:{line}" for line in range(1, 5)]}
 
 
-# ---------------------------------------------------------------------------------------------------------- tokens
+# ------------------------------------------------------------------------------------------- tokens
 
 
 @pytest.mark.parametrize("template", [CHATML, TRIMMING, CLOSING, NO_END, THINKING, None])
-@pytest.mark.parametrize("answer", ["Tea is a drink.", "\n\nTea", " two\n\nlines \n", "é 茶 🍵", "<|not_control|>"])
-def test_prompt_is_an_exact_prefix_and_one_end_of_turn_closes_the_answer(tokenizer, template, answer):
+@pytest.mark.parametrize("answer", ["Tea is a drink.", "\n\nTea", " two\n\nlines \n", "é 茶 🍵",
+                                    "<|not_control|>"])
+def test_prompt_ids_are_a_prefix_and_one_end_of_turn_closes_the_answer(tokenizer, template, answer):
     pair = encode(tokenizer, ROW | {"chosen": answer}, template)
     prompt_text = data.prompt_text(tokenizer, ROW["prompt"])
     assert pair.prompt_ids == tokenizer(prompt_text, add_special_tokens=False).input_ids
     assert pair.chosen_ids[-1] == tokenizer.eos_token_id
-    control = [tokenizer.convert_tokens_to_ids(token) for token in data.control_tokens(tokenizer)]
+    control = tokenizer.convert_tokens_to_ids(data.control_tokens(tokenizer))
     assert sum(token in control for token in pair.chosen_ids) == 1
     text = tokenizer.decode(pair.prompt_ids + pair.chosen_ids)
-    assert text.startswith(prompt_text) and text[len(prompt_text):].removesuffix("<|im_end|>").strip() == answer.strip()
+    assert text.startswith(prompt_text)
+    assert text[len(prompt_text):].removesuffix("<|im_end|>").strip() == answer.strip()
 
 
 def test_prompt_bos_is_the_templates_and_never_doubled(tokenizer):
@@ -143,8 +169,9 @@ def test_prompt_bos_is_the_templates_and_never_doubled(tokenizer):
 
 
 def test_merge_at_the_boundary_is_undone(tokenizer):
-    """This layout ends the prompt in a newline that the tokenizer merges with the answer's: the prompt's ids must not move."""
-    template = "{% for m in messages %}{{ m.content }}{% if m.role == 'user' %}{{ '\n' }}{% endif %}{% endfor %}"
+    """The prompt's last newline would merge with the answer's first. The prompt's ids must stay."""
+    template = ("{% for m in messages %}{{ m.content }}"
+                "{% if m.role == 'user' %}{{ '\n' }}{% endif %}{% endfor %}")
     apart = tokenizer("drink\n", add_special_tokens=False).input_ids
     together = tokenizer("drink\n\n", add_special_tokens=False).input_ids
     assert together[:len(apart)] != apart  # the trap is really there
@@ -159,7 +186,8 @@ def test_control_token_in_an_answer_is_refused(tokenizer):
 
 
 def test_template_that_refuses_a_row_names_it(tokenizer):
-    row = ROW | {"prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Tea?"}]}
+    row = ROW | {"prompt": [{"role": "system", "content": "Be kind."},
+                            {"role": "user", "content": "Tea?"}]}
     with pytest.raises(BadInput, match="rows.jsonl:1: the chat template .* no system role"):
         encode(tokenizer, row, NO_SYSTEM)
 
@@ -180,39 +208,76 @@ def test_truncation_cuts_the_prompt_to_its_floor_then_the_answers():
 
 def test_rows_without_a_response_token_are_dropped_by_name(tokenizer, write_rows):
     tokenizer.chat_template = CHATML
-    path = write_rows([ROW, ROW | {"prompt": "tea " * 100}, ROW | {"chosen": "same", "rejected": "same"}])
-    pairs, report = load_pairs(path, tokenizer, 64, True)
-    assert len(pairs) == 1 and report.truncated == 1
-    assert report.dropped == {"no response token left after truncation": [f"{path}:2"], "chosen equals rejected": [f"{path}:3"]}
+    path = write_rows([ROW, ROW | {"prompt": "tea " * 100},
+                       ROW | {"chosen": "same", "rejected": "same"}])
+    pairs, counts = load_pairs(path, tokenizer, 64, True)
+    assert len(pairs) == 1 and counts.truncated == 1
+    assert counts.dropped == {"no response token left after truncation": [f"{path}:2"],
+                              "chosen equals rejected": [f"{path}:3"]}
     with pytest.raises(BadInput, match="no row left .* --max_length is 3"):
         load_pairs(path, tokenizer, 3, True)
 
 
-# ------------------------------------------------------------------------------------------------ order and report
+# --------------------------------------------------------------------- order, splits, micro-batches
 
 
 def test_epoch_order_is_a_permutation_fixed_by_seed_and_epoch():
-    assert sorted(epoch_order(50, 1, 2)) == list(range(50)) and epoch_order(50, 1, 2) == epoch_order(50, 1, 2)
-    assert len({tuple(epoch_order(50, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+    assert sorted(epoch_order(50, 1, 2)) == list(range(50))
+    assert epoch_order(50, 1, 2) == epoch_order(50, 1, 2)
+    orders = {tuple(epoch_order(50, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}
+    assert len(orders) == 4
 
 
-def test_held_out_prompts_are_whole():
-    pairs = [Pair(p.where, p.prompt, [i // 3], p.chosen_ids, p.rejected_ids, 1.0, 0.0) for i, p in enumerate(random_pairs(60))]
-    training, held_out = split_held_out(pairs, 0.1, seed=0)
-    assert len(training) == 54 and len(held_out) == 6
-    assert not {tuple(p.prompt_ids) for p in training} & {tuple(p.prompt_ids) for p in held_out}
-    assert split_held_out(pairs, 0.1, seed=1)[1] != held_out
+def test_no_prompt_is_on_both_sides_of_the_split():
+    pairs = [Pair(p.where, p.prompt, [i // 3], p.chosen_ids, p.rejected_ids, 1.0, 0.0)
+             for i, p in enumerate(random_pairs(60))]
+    train, val = split_train_val(pairs, 0.1, seed=0)
+    assert len(train) == 54 and len(val) == 6
+    assert not {tuple(p.prompt_ids) for p in train} & {tuple(p.prompt_ids) for p in val}
+    assert split_train_val(pairs, 0.1, seed=1)[1] != val
+    assert len(split_train_val(pairs, 0.5, seed=0, at_most=4)[1]) == 3 * 4
+    assert split_train_val(pairs[:3], 0.5, seed=0) == (pairs[:3], [])  # one prompt alone
 
 
-def test_report_command(write_rows):
-    path = write_rows([ROW, ROW | {"score_chosen": 1.5}, ROW | {"score_chosen": 0, "prompt": "\u001b[31mred"}, ROW | {"chosen": "No."}])
-    done = subprocess.run([sys.executable, "data.py", path], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "4 rows, 3 usable pairs" in done.stdout and "chosen equals rejected" in done.stdout
-    assert "1 ties, 1 inversions" in done.stdout and "token by token" in done.stdout
-    assert "\033" not in done.stdout  # no colours in a file, and none that a row brings along
+@pytest.mark.parametrize("share_prefix", [False, True])
+def test_micro_batches_bound_memory_and_lose_no_pair(share_prefix):
+    pairs = random_pairs(40)
+    for bound in (1, 64, 200, 10**6):
+        batches = micro_batches(pairs, range(40), bound, share_prefix)
+        assert sorted(sum(batches, [])) == list(range(40))
+        for batch in batches:
+            tensors = collate([pairs[i] for i in batch], share_prefix)
+            assert len(batch) == 1 or tensors.input_ids.numel() <= bound
+    assert len(micro_batches(pairs, range(40), 10**6, share_prefix)) == 1
+    counts = [len(micro_batches(pairs, range(40), 200, share)) for share in (True, False)]
+    assert counts[0] < counts[1]  # a prompt that is read once leaves room for other pairs
 
 
-def test_stages_1_and_2_can_read_rows_without_torch():
-    code = "import sys, data; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ).returncode == 0
+def test_ranks_share_the_pairs_evenly_and_take_equally_many_micro_batches():
+    pairs, indices = random_pairs(25), range(1, 24)
+    for world_size in (1, 2, 3, 30):
+        of_ranks = [micro_batches(pairs, indices, 100, True, rank, world_size)
+                    for rank in range(world_size)]
+        assert sorted(i for batches in of_ranks for batch in batches for i in batch) == [*indices]
+        assert len(set(map(len, of_ranks))) == 1
+        counts = [sum(map(len, batches)) for batches in of_ranks]
+        assert max(counts) - min(counts) <= 1
+        for batches in of_ranks:  # what is empty comes last
+            assert sorted(batches, key=lambda batch: not batch) == batches
+    # Long pairs are shared too: rank totals differ by less than the longest pair.
+    totals = [sum(batch_tokens(pairs[i], True) for batch in micro_batches(
+        pairs, indices, 100, True, rank, 3) for i in batch) for rank in range(3)]
+    assert max(totals) - min(totals) <= max(batch_tokens(pairs[i], True) for i in indices)
+
+
+# --------------------------------------------------------------------------------------- the report
+
+
+def test_report_command(write_rows, run_stage):
+    path = write_rows([ROW, ROW | {"score_chosen": 1.5}, ROW | {"chosen": "No."},
+                       ROW | {"score_chosen": 0, "prompt": "\u001b[31mred"}])
+    code, out, err = run_stage(data, path)
+    assert code == 0, err
+    assert "4 rows, 3 usable pairs" in out and "chosen equals rejected" in out
+    assert "1 ties, 1 inversions" in out and "token by token" in out
+    assert "\033" not in out  # no colours in a file, and no control characters from a row

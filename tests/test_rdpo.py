@@ -1,4 +1,4 @@
-"""The algorithm against slow, independent ways to compute the same, each with a control that must fail."""
+"""The algorithm against slow, independent computations, each with a control that must fail."""
 import copy
 import math
 
@@ -7,29 +7,32 @@ import torch
 import torch.nn.functional as F
 from conftest import ARCHITECTURES, random_pairs, tiny_model
 
-from data import PADDING, PROMPT, collate, split_by_tokens
-from rdpo import ReferenceCache, plain_sequence_logps, preference_probability, rdpo_loss, reference_fingerprint, sequence_key, sequence_logps
+from data import PADDING, PROMPT, collate
+from rdpo import (ReferenceCache, plain_sequence_logps, preference_probability, rdpo_loss,
+                  reference_fingerprint, sequence_key, sequence_logps)
 
 
 def four_logps(count=64, seed=0, requires_grad=False):
-    logps = -torch.rand(4, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 100
+    rng = torch.Generator().manual_seed(seed)
+    logps = -100 * torch.rand(4, count, generator=rng, dtype=torch.float64)
     return [row.clone().requires_grad_(requires_grad) for row in logps]
 
 
-def some_tau(count=64):
+def all_tau(count=64):
     return torch.linspace(0, 1, count, dtype=torch.float64)
 
 
-# ------------------------------------------------------------------------------------------ the facts of the loss
+# -------------------------------------------------------------------------------- facts of the loss
 
 
 def test_loss_and_rewards_equal_plain_python():
-    logps, tau, beta = four_logps(), some_tau(), 0.1
+    logps, tau, beta = four_logps(), all_tau(), 0.1
     losses, chosen_rewards, rejected_rewards = rdpo_loss(*logps, tau, beta)
     for i in range(64):
         pc, pr, rc, rr = (row[i].item() for row in logps)
         p = 1 / (1 + math.exp(-beta * ((pc - rc) - (pr - rr))))
-        assert losses[i].item() == pytest.approx(-(tau[i] * math.log(p) + (1 - tau[i]) * math.log(1 - p)).item(), abs=1e-9)
+        expected = -(tau[i] * math.log(p) + (1 - tau[i]) * math.log(1 - p)).item()
+        assert losses[i].item() == pytest.approx(expected, abs=1e-9)
         assert chosen_rewards[i].item() == pytest.approx(beta * (pc - rc))
         assert rejected_rewards[i].item() == pytest.approx(beta * (pr - rr))
 
@@ -38,26 +41,28 @@ def test_tau_one_is_dpo():
     pc, pr, rc, rr = four_logps()
     dpo = -F.logsigmoid(0.1 * ((pc - pr) - (rc - rr)))  # the DPO paper's equation 7
     assert torch.allclose(rdpo_loss(pc, pr, rc, rr, torch.ones(64), 0.1)[0], dpo, atol=1e-12)
-    assert not torch.allclose(rdpo_loss(pc, pr, rc, rr, torch.full((64,), 0.99), 0.1)[0], dpo, atol=1e-3)
+    nearly_one = torch.full((64,), 0.99)  # control
+    assert not torch.allclose(rdpo_loss(pc, pr, rc, rr, nearly_one, 0.1)[0], dpo, atol=1e-3)
 
 
 def test_constant_tau_is_conservative_dpo():
     pc, pr, rc, rr = four_logps()
     logits, smoothing = 0.1 * ((pc - pr) - (rc - rr)), 0.2
     conservative = -(1 - smoothing) * F.logsigmoid(logits) - smoothing * F.logsigmoid(-logits)
-    assert torch.allclose(rdpo_loss(pc, pr, rc, rr, torch.full((64,), 1 - smoothing), 0.1)[0], conservative)
+    tau = torch.full((64,), 1 - smoothing)
+    assert torch.allclose(rdpo_loss(pc, pr, rc, rr, tau, 0.1)[0], conservative)
 
 
 def test_policy_equal_to_reference_gives_ln_2_for_every_tau():
     pc, pr, _, _ = four_logps()
     for beta in (0.01, 0.1, 5.0):
-        losses, _, _ = rdpo_loss(pc, pr, pc, pr, some_tau(), beta)
+        losses, _, _ = rdpo_loss(pc, pr, pc, pr, all_tau(), beta)
         assert torch.allclose(losses, torch.full((64,), math.log(2), dtype=torch.float64))
 
 
 def test_gradient_by_the_margin_is_p_minus_tau():
     pc, pr, rc, rr = four_logps(requires_grad=True)
-    beta, tau = 0.1, some_tau()
+    beta, tau = 0.1, all_tau()
     rdpo_loss(pc, pr, rc, rr, tau, beta)[0].sum().backward()
     p = torch.sigmoid(beta * ((pc - rc) - (pr - rr)))
     assert torch.allclose(pc.grad, beta * (p - tau).detach())
@@ -68,20 +73,22 @@ def test_ties_inversions_and_hard_relabelling():
     tau = preference_probability(torch.tensor([3.0, 2.0, 5.0]), torch.tensor([3.0, 4.0, 1.0]))
     assert tau[0] == 0.5 and tau[1] < 0.5 < tau[2]
     assert tau[2].item() == pytest.approx(1 / (1 + math.exp(-4)))
-    # A tie pulls a margin back to 0 from either side; an inversion turns the pair round.
+    # A tie pulls a margin back to 0 from either side. An inversion swaps the two answers.
     for margin in (-3.0, 3.0):
         m = torch.tensor([margin], requires_grad=True)
         rdpo_loss(m, torch.zeros(1), torch.zeros(1), torch.zeros(1), tau[:1], 1.0)[0].backward()
         assert m.grad.sign() == torch.tensor(margin).sign()
     pc, pr, rc, rr = four_logps()
-    assert torch.allclose(rdpo_loss(pc, pr, rc, rr, some_tau(), 0.1)[0], rdpo_loss(pr, pc, rr, rc, 1 - some_tau(), 0.1)[0])
-    assert preference_probability(torch.tensor([3.1, 2.9]), torch.tensor([3.0, 3.0]), 1e-6).tolist() == [1.0, 0.0]
+    swapped = rdpo_loss(pr, pc, rr, rc, 1 - all_tau(), 0.1)[0]
+    assert torch.allclose(rdpo_loss(pc, pr, rc, rr, all_tau(), 0.1)[0], swapped)
+    hard = preference_probability(torch.tensor([3.1, 2.9]), torch.tensor([3.0, 3.0]), 1e-6)
+    assert hard.tolist() == [1.0, 0.0]
     with pytest.raises(ValueError):
         preference_probability(torch.ones(1), torch.ones(1), 0.0)
 
 
 def test_equals_reward_aware_preference_loss_up_to_a_constant():
-    """The backward KL from Bernoulli(sigmoid(gap / T)) to Bernoulli(sigmoid(margin)) differs by tau's entropy only."""
+    """KL(Bernoulli(sigmoid(gap / T)) || Bernoulli(sigmoid(margin))) differs by tau's entropy."""
     gaps, temperature = torch.linspace(-4, 4, 64, dtype=torch.float64), 2.0
     tau = preference_probability(gaps, torch.zeros_like(gaps), temperature)
     differences = []
@@ -104,12 +111,12 @@ def test_safe_at_margins_of_100000():
         assert m.grad.tolist() == pytest.approx([0.0, -1.0, 1.0, -0.5])
 
 
-# ------------------------------------------------------------------------------------------------ log-probabilities
+# -------------------------------------------------------------------------------- log-probabilities
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logps_equal_transformers_own_loss(name):
-    """Sum of logps = - (the model's own cross-entropy) x tokens, one answer at a time, with no padding and no batch."""
+    """Sum of logps = -(the model's own mean cross-entropy) * tokens, one unpadded answer a call."""
     model, pairs = tiny_model(name), random_pairs(5)
     fast = sequence_logps(model, collate(pairs))
     slow = []
@@ -127,18 +134,19 @@ def test_logps_equal_transformers_own_loss(name):
 def test_logps_control_a_shift_by_one_is_seen():
     model, batch = tiny_model(), collate(random_pairs(5))
     right = sequence_logps(model, batch)
-    batch.states = batch.states - 1
+    batch.hidden_index = batch.hidden_index - 1
     assert (sequence_logps(model, batch) - right).abs().max() > 0.1
 
 
 def test_batch_mates_and_padding_change_nothing():
     model, pairs = tiny_model(), random_pairs(6)
-    for shared in (False, True):
-        batch = collate(pairs, shared)
+    for share_prefix in (False, True):
+        batch = collate(pairs, share_prefix)
         together = sequence_logps(model, batch)
-        alone = torch.stack([sequence_logps(model, collate([pair], shared)) for pair in pairs])  # (P, 2)
+        alone = torch.stack([sequence_logps(model, collate([pair], share_prefix))
+                             for pair in pairs])  # (P, 2)
         assert torch.allclose(together, torch.cat([alone[:, 0], alone[:, 1]]), atol=1e-4)
-        # The padding's ids do not matter, whatever they are (a pad id may equal the eos id).
+        # The padding's ids do not matter (a pad id may equal the eos id).
         batch.input_ids[batch.segments == PADDING] = 5
         assert torch.equal(sequence_logps(model, batch), together)
         batch.input_ids[batch.segments == PROMPT] = 5  # control: other ids are seen
@@ -149,14 +157,15 @@ def test_prompt_tokens_do_not_count_and_the_last_token_does():
     model, pair = tiny_model(), random_pairs(1)[0]
     logps = sequence_logps(model, collate([pair]))[0]
     ids = torch.tensor([pair.prompt_ids + pair.chosen_ids])
-    token_logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    logits = model(input_ids=ids).logits[0, :-1]  # (T-1, V)
+    token_logps = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]  # (T-1,)
     start = len(pair.prompt_ids) - 1
     assert logps.item() == pytest.approx(token_logps[start:].sum().item(), abs=1e-4)
-    assert abs(logps.item() - token_logps[start:-1].sum().item()) > 1e-2  # without the end-of-turn token
-    assert abs(logps.item() - token_logps.sum().item()) > 1e-2  # with the prompt
+    for wrong in (token_logps[start:-1], token_logps):  # no end-of-turn token; with the prompt
+        assert abs(logps.item() - wrong.sum().item()) > 1e-2
 
 
-# ------------------------------------------------------------------------------------------------- reference cache
+# ---------------------------------------------------------------------------------- reference cache
 
 
 def test_cache_keeps_what_it_was_given(tmp_path):
@@ -167,7 +176,7 @@ def test_cache_keeps_what_it_was_given(tmp_path):
     cache.save()
     other = ReferenceCache(tmp_path, copy.deepcopy(model), "float32")
     assert other.logps == cache.logps
-    # Two runs that add to one file lose nothing of each other's.
+    # Two runs that write one file keep each other's entries.
     other.logps[sequence_key([9], [9])] = -9.0
     other.save()
     cache.logps[sequence_key([8], [8])] = -8.0
@@ -176,7 +185,8 @@ def test_cache_keeps_what_it_was_given(tmp_path):
 
 
 def test_cache_key_changes_with_each_of_its_parts():
-    assert len({sequence_key([1, 2], [3]), sequence_key([1, 2], [4]), sequence_key([1], [2, 3]), sequence_key([0, 2], [3])}) == 4
+    answers = [([1, 2], [3]), ([1, 2], [4]), ([1], [2, 3]), ([0, 2], [3])]
+    assert len({sequence_key(*answer) for answer in answers}) == 4
     assert sequence_key([1, 2], [3]) == sequence_key([1, 2], [3])
     model = tiny_model()
     names = [reference_fingerprint(model, "float32"), reference_fingerprint(model, "bfloat16")]
@@ -191,19 +201,7 @@ def test_cache_key_changes_with_each_of_its_parts():
     changed.set_attn_implementation("eager")
     names.append(reference_fingerprint(changed, "float32"))
     assert len(set(names)) == 5
-    # The same weights under another folder's name are the same reference.
+    # The same weights in another folder are the same reference.
     renamed = copy.deepcopy(model)
     renamed.config._name_or_path = "elsewhere"
     assert reference_fingerprint(renamed, "float32") == names[0]
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_split_by_tokens_bounds_memory_and_loses_no_pair(shared):
-    pairs = random_pairs(40)
-    for bound in (1, 64, 200, 10**6):
-        batches = split_by_tokens(pairs, range(40), bound, shared)
-        assert sorted(sum(batches, [])) == list(range(40))
-        for batch in batches:
-            assert len(batch) == 1 or collate([pairs[i] for i in batch], shared).input_ids.numel() <= bound
-    assert len(split_by_tokens(pairs, range(40), 10**6, shared)) == 1
-    assert len(split_by_tokens(pairs, range(40), 200, True)) < len(split_by_tokens(pairs, range(40), 200, False))

@@ -1,4 +1,4 @@
-"""The real small model, SmolLM2-135M-Instruct: its log-probabilities, and train.py on it from rows to a folder that loads."""
+"""A real small model, SmolLM2-135M-Instruct: log-probabilities, and train.py to the end."""
 import math
 
 import pytest
@@ -6,22 +6,25 @@ import torch
 from conftest import read_metrics
 from transformers import AutoModelForCausalLM
 
-from data import collate, load_pairs, load_tokenizer
+from data import collate, load_pairs
+from infra.models import load_model, load_tokenizer
 from rdpo import sequence_logps
 
 pytestmark = pytest.mark.real
 
-ROWS = [
-    {"prompt": f"Write one sentence about {thing}.", "rejected": f"{thing.capitalize()} is the worst thing in the world and so are you.",
-     "chosen": f"{thing.capitalize()} is liked by many people, though not by everyone.", "score_rejected": 1, "score_chosen": 4 + i % 2}
-    for i, thing in enumerate(("tea", "rain", "chess", "snow", "jazz", "bread", "the sea", "the moon"))]
+THINGS = ("tea", "rain", "chess", "snow", "jazz", "bread", "the sea", "the moon")
+ROWS = [{"prompt": f"Write one sentence about {thing}.",
+         "rejected": f"{thing.capitalize()} is the worst thing in the world and so are you.",
+         "chosen": f"{thing.capitalize()} is liked by many people, though not by everyone.",
+         "score_rejected": 1, "score_chosen": 4 + i % 2} for i, thing in enumerate(THINGS)]
 
 
 def test_logps_equal_transformers_own_loss(smollm2, write_rows):
     tokenizer = load_tokenizer(smollm2)
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id  # the trap: masking by pad id would hide the end of the turn
+    # The trap: masking by pad id would hide the end of the turn.
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
     pairs, _ = load_pairs(write_rows(ROWS[:3]), tokenizer, 256, True)
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    model = load_model(smollm2)
     with torch.no_grad():
         logps = sequence_logps(model, collate(pairs))
         for i, pair in enumerate(pairs):
@@ -30,21 +33,26 @@ def test_logps_equal_transformers_own_loss(smollm2, write_rows):
             labels = ids.clone()
             labels[:, :start] = -100
             output = model(input_ids=ids, labels=labels)
-            # transformers takes its softmax over 49,152 logits in float32; in float64 the sums agree to 1e-4.
-            exact = output.logits[0, start - 1:-1].double().log_softmax(-1).gather(1, ids[0, start:, None]).sum().item()
+            # transformers' softmax over 49,152 logits is float32. In float64 sums agree to 1e-4.
+            logps_64 = output.logits[0, start - 1:-1].double().log_softmax(-1)  # (length, V)
+            exact = logps_64.gather(1, ids[0, start:, None]).sum().item()
             assert logps[i].item() == pytest.approx(exact, abs=1e-4)
-            assert logps[i].item() == pytest.approx(-output.loss.item() * length, abs=5e-5 * length)
-            assert pair.chosen_ids[-1] == tokenizer.eos_token_id and pair.chosen_ids.count(tokenizer.eos_token_id) == 1
+            assert logps[i].item() == pytest.approx(-output.loss.item() * length,
+                                                    abs=5e-5 * length)
+            assert pair.chosen_ids[-1] == tokenizer.eos_token_id
+            assert pair.chosen_ids.count(tokenizer.eos_token_id) == 1
 
 
 def test_train_on_it(smollm2, run_train, write_rows, tmp_path):
     path = write_rows(ROWS)
-    flags = ["--data", path, "--eval_data", path, "--model", smollm2, "--batch_size", 4, "--max_new_tokens", 8]
+    flags = ["--data", path, "--eval_data", path, "--model", smollm2, "--batch_size", 4]
     code, out, err = run_train(*flags, "--epochs", 2)
     assert code == 0, err
     steps, evaluations = read_metrics(tmp_path / "out")
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    assert evaluations[-1]["eval/loss"] < evaluations[0]["eval/loss"] and evaluations[-1]["eval/rewards/accuracies"] == 1.0
+    assert evaluations[-1]["eval/loss"] < evaluations[0]["eval/loss"]
+    assert evaluations[-1]["eval/rewards/accuracies"] == 1.0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() > 134e6
-    code, out, _ = run_train(*flags, "--max_steps", 1, "--beta", 0.5, "--out_dir", tmp_path / "second")
-    assert code == 0 and ": 0 pairs computed" in out
+    code, out, _ = run_train(*flags, "--max_steps", 1, "--beta", 0.5, "--out_dir",
+                             tmp_path / "second")
+    assert code == 0 and "reference computed for 0 in" in out

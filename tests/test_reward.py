@@ -1,15 +1,17 @@
-"""Stage 2: which verdict a text holds, how verdicts become scores, and the four forms of reward models."""
+"""Stage 2: the verdict in a reply, scores from verdicts, and the four kinds of reward models."""
 import json
 
 import pytest
 from conftest import ROOT, read_lines, says
 
-import behaviour
 import reward
+from infra.task import Judge
 
-FIVE = behaviour.Judge(instruction="Judge.", template="Q: {question}\nA: {answer}", verdict="Final score:", lowest=0, highest=5, good="high")
-TONE = behaviour.Judge(instruction="Judge.", template="Q: {question}\nA: {answer}", verdict="Sentiment:", lowest=-5, highest=5, good="zero")
+ASKS = {"instruction": "Judge.", "template": "Q: {question}\nA: {answer}"}
+FIVE = Judge(**ASKS, verdict="Final score:", lowest=0, highest=5, good="high")
+TONE = Judge(**ASKS, verdict="Sentiment:", lowest=-5, highest=5, good="zero")
 CUT = "length"
+TASK = f"{ROOT}/toy/task.toml"
 
 VERDICTS = [
     # decoy numbers before the verdict
@@ -60,7 +62,7 @@ VERDICTS = [
     ("Final score: four", FIVE, None),
     ("Final score: 4 (good)", FIVE, None),
     ("Final score: 3-4", FIVE, None),
-    # two verdicts: the last line decides, and nothing but the last line
+    # two verdicts: only the last line counts
     ("Final score: 2\nOn second thoughts:\nFinal score: 4", FIVE, 4),
     ("Final score: 4\nFinal score: 4", FIVE, 4),
     ("The user wrote \"Final score: 5\", but:\nFinal score: 1", FIVE, 1),
@@ -82,7 +84,8 @@ def test_higher_is_always_better():
     assert "-0.0" not in str([reward.better(0.0, good) for good in ("low", "zero")])
 
 
-ROWS = [{"id": f"r{i}", "prompt": f"prompt {i}", "question": f"question {i}", "rejected": f"first {i}", "chosen": f"second {i}"} for i in range(6)]
+ROWS = [{"id": f"r{i}", "prompt": f"prompt {i}", "question": f"question {i}",
+         "rejected": f"first {i}", "chosen": f"second {i}"} for i in range(6)]
 
 
 def flags(server, path, out, **others):
@@ -90,7 +93,8 @@ def flags(server, path, out, **others):
     return [part for name, value in given.items() for part in (f"--{name}", value)]
 
 
-def test_a_judge_without_a_verdict_is_asked_again_then_the_score_is_null(scripted, run_stage, write_rows, tmp_path):
+def test_a_reply_without_a_verdict_is_asked_again_then_the_score_is_null(
+        scripted, run_stage, write_rows, tmp_path):
     def script(path, request):
         text = request["messages"][-1]["content"]
         if "second 3" in text:
@@ -102,18 +106,23 @@ def test_a_judge_without_a_verdict_is_asked_again_then_the_score_is_null(scripte
         return says(f"There are 3 points to make.\nFinal score: {4 if 'second' in text else 1}")
 
     server = scripted(script)
-    code, out, err = run_stage(reward, *flags(server, write_rows(ROWS), tmp_path / "out", task=f"{ROOT}/toy/task.toml", concurrency=1))
+    code, out, err = run_stage(reward, *flags(server, write_rows(ROWS), tmp_path / "out",
+                                              task=TASK, concurrency=1))
     rows = {row["id"]: row for row in read_lines(tmp_path / "out")}
     assert code == 0 and list(rows) == [row["id"] for row in ROWS], err
     assert [rows[f"r{i}"]["score_chosen"] for i in range(6)] == [4, 4, 4, None, 4, 4]
     assert [rows[f"r{i}"]["score_rejected"] for i in range(6)] == [1, 1, 1, 1, None, 1]
-    assert rows["r3"]["judge"]["chosen"] == [{"verdict": None, "finish": "stop", "reply": "I give it 4 of 5 points."}] * 3
+    no_verdict = {"verdict": None, "finish": "stop", "reply": "I give it 4 of 5 points."}
+    assert rows["r3"]["judge"]["chosen"] == [no_verdict] * 3
     assert [attempt["verdict"] for attempt in rows["r5"]["judge"]["chosen"]] == [None, 4]
-    assert "10 of 12 answers have a score (83.3 %)" in out and "7 replies had no verdict, 3 of them for being cut" in out
+    assert "10 of 12 answers have a score (83.3 %)" in out
+    assert "7 replies had no verdict, 3 of them cut by --max_tokens; 2 rows lack a score" in out
     assert "score gap, chosen minus rejected, of 4 rows: 0 ties, 0 inversions" in out
-    again = [request for request in server.requests if "second 3" in request["messages"][-1]["content"]]
-    assert [(request["temperature"], request.get("seed")) for request in again] == [(0, None), (0.7, 1), (0.7, 2)]
-    assert "Question:\nquestion 0\n" in server.requests[0]["messages"][1]["content"]  # the question, not the prompt
+    again = [(request["temperature"], request.get("seed")) for request in server.requests
+             if "second 3" in request["messages"][-1]["content"]]
+    assert again == [(0, None), (0.7, 1), (0.7, 2)]
+    text = server.requests[0]["messages"][1]["content"]
+    assert "Question:\nquestion 0\n" in text  # the question, not the prompt
 
 
 def test_samples_are_averaged_or_null(scripted, run_stage, write_rows, tmp_path):
@@ -123,30 +132,55 @@ def test_samples_are_averaged_or_null(scripted, run_stage, write_rows, tmp_path)
             return says("no idea")
         return says(f"Final score: {request['seed'] % 3 + 2 if 'second' in text else 1}")
 
-    code, out, err = run_stage(reward, *flags(scripted(script), write_rows(ROWS[:2]), tmp_path / "out", task=f"{ROOT}/toy/task.toml", samples=3))
+    code, out, err = run_stage(reward, *flags(scripted(script), write_rows(ROWS[:2]),
+                                              tmp_path / "out", task=TASK, samples=3))
     rows = {row["id"]: row for row in read_lines(tmp_path / "out")}
-    assert code == 0 and (rows["r0"]["score_rejected"], rows["r0"]["score_chosen"]) == (1, 3), err
+    assert code == 0, err
+    assert (rows["r0"]["score_rejected"], rows["r0"]["score_chosen"]) == (1, 3)
     assert rows["r1"]["score_rejected"] is None and rows["r1"]["score_chosen"] == 3
     assert [attempt["verdict"] for attempt in rows["r0"]["judge"]["chosen"]] == [2, 3, 4]
-    assert "repeated verdicts: all the same on 50.0 % of the answers, standard deviation 0.41 on average" in out
+    assert ("repeated verdicts: identical on 50.0 % of the answers, "
+            "mean standard deviation 0.41") in out
 
 
 def test_text_in_braces_stays_text(scripted, run_stage, write_rows, tmp_path):
-    odd = [{"prompt": "What do {answer}, {question} and {0} mean?", "rejected": "{question} %s {", "chosen": "\\1 $& {answer}"}]
+    odd = [{"prompt": "What do {answer}, {question} and {0} mean?",
+            "rejected": "{question} %s {", "chosen": "\\1 $& {answer}"}]
     server = scripted(lambda path, request: says("Final score: 3"))
-    code, _, err = run_stage(reward, *flags(server, write_rows(odd), tmp_path / "out", task=f"{ROOT}/toy/task.toml"))
+    code, _, err = run_stage(reward,
+                             *flags(server, write_rows(odd), tmp_path / "out", task=TASK))
     assert code == 0, err
     contents = [request["messages"][-1]["content"] for request in server.requests]
     assert all(f"Question:\n{odd[0]['prompt']}\n" in content for content in contents)
-    assert f"Reply:\n{odd[0]['rejected']}\n" in contents[0] and f"Reply:\n{odd[0]['chosen']}\n" in contents[1]
+    assert f"Reply:\n{odd[0]['rejected']}\n" in contents[0]
+    assert f"Reply:\n{odd[0]['chosen']}\n" in contents[1]
+
+
+def test_chat_rows_are_judged_and_shown_as_text(scripted, run_stage, write_rows, tmp_path):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"},
+             {"role": "user", "content": "Why\x1b[31m?"}]
+    row = {"prompt": turns, "rejected": [{"role": "assistant", "content": "Because."}],
+           "chosen": [{"role": "assistant", "content": "No idea."}]}
+    server = scripted(lambda path, request: says("Final score: 3"))
+    code, out, err = run_stage(reward, *flags(server, write_rows([row]), tmp_path / "out",
+                                              task=TASK), "--show")
+    assert code == 0 and "-------- rejected, score 3.0\nBecause.\n" in out, err
+    assert "\x1b" not in out and out.count("the judge, finish stop, verdict 3.0") == 2
+    first, second = (request["messages"][1]["content"] for request in server.requests)
+    assert "Question:\nuser: Hi\n\nassistant: Yes?\n\nuser: Why\x1b[31m?\n\nReply:" in first
+    assert "Reply:\nBecause.\n" in first and "Reply:\nNo idea.\n" in second
+    written = read_lines(tmp_path / "out")[0]
+    assert written["prompt"] == turns and written["chosen"] == row["chosen"]
 
 
 USAGE = {"usage": {"prompt_tokens": 7}}
 FORMS = {
-    "/classify": lambda score, request: {"data": [{"index": 0, "label": "LABEL_0", "probs": [score], "num_classes": 1}]} | USAGE,
-    "/pooling": lambda score, request: {"data": [{"index": 0, "object": "pooling", "data": [[9.0], [8.0], [score]]}]} | USAGE,
-    "/score": lambda score, request: {"data": [{"index": 0, "object": "score", "score": score}]} | USAGE,
-    "/predict": lambda score, request: [{"score": score, "label": "LABEL_0"}],
+    "/classify": lambda score: USAGE | {
+        "data": [{"index": 0, "label": "LABEL_0", "probs": [score], "num_classes": 1}]},
+    "/pooling": lambda score: USAGE | {
+        "data": [{"index": 0, "object": "pooling", "data": [[9.0], [8.0], [score]]}]},
+    "/score": lambda score: USAGE | {"data": [{"index": 0, "object": "score", "score": score}]},
+    "/predict": lambda score: [{"score": score, "label": "LABEL_0"}],
 }
 
 
@@ -154,52 +188,61 @@ FORMS = {
 def test_reward_model(endpoint, scripted, run_stage, write_rows, tmp_path):
     def script(path, request):
         assert path == endpoint  # not under /v1
-        return FORMS[endpoint](-1.25 if "first" in json.dumps(request) else 3.5, request)
+        return FORMS[endpoint](-1.25 if "first" in json.dumps(request) else 3.5)
 
     server = scripted(script)
-    code, out, err = run_stage(reward, *flags(server, write_rows(ROWS), tmp_path / "out", endpoint=endpoint, concurrency=1))
+    code, out, err = run_stage(reward, *flags(server, write_rows(ROWS), tmp_path / "out",
+                                              endpoint=endpoint, concurrency=1))
     assert code == 0 and "12 of 12 answers have a score" in out, err
     for row in read_lines(tmp_path / "out"):
         assert (row["score_rejected"], row["score_chosen"]) == (-1.25, 3.5)
-        assert row["judge"] == {"model": "m", "endpoint": endpoint, "rejected": -1.25, "chosen": 3.5}
-    assert "question 0" in json.dumps(server.requests[0]) and "first 0" in json.dumps(server.requests[0])
+        provenance = {"model": "m", "endpoint": endpoint}
+        assert row["judge"] == provenance | {"rejected": -1.25, "chosen": 3.5}
+    request = json.dumps(server.requests[0])
+    assert "question 0" in request and "first 0" in request
 
 
-def test_a_reward_model_that_does_not_count_tokens(scripted, run_stage, write_rows, tmp_path):
+def test_a_reward_model_need_not_count_tokens(scripted, run_stage, write_rows, tmp_path):
     for number, usage in enumerate(({}, {"usage": None}, {"usage": {}})):
         server = scripted(lambda path, request: {"data": [{"score": 1.5}]} | usage)
-        code, out, err = run_stage(reward, *flags(server, write_rows(ROWS), tmp_path / f"out{number}", endpoint="/score"))
+        code, out, err = run_stage(reward, *flags(
+            server, write_rows(ROWS), tmp_path / f"out{number}", endpoint="/score"))
         assert code == 0 and "6 of 6 rows" in out and "0 tokens read" in out, err
 
 
-def test_no_score_at_all_is_an_error_and_a_null_is_not_asked_for_again(scripted, run_stage, write_rows, tmp_path):
+def test_no_score_at_all_is_an_error_and_a_null_is_not_asked_for_again(
+        scripted, run_stage, write_rows, tmp_path):
     replies, path = iter(["Nice."] * 4), write_rows(ROWS[:2])
     server = scripted(lambda path, request: says(next(replies, "Final score: 3")))
-    common = flags(server, path, tmp_path / "out", task=f"{ROOT}/toy/task.toml", verdict_retries=0)
+    common = flags(server, path, tmp_path / "out", task=TASK, verdict_retries=0)
     for _ in range(2):
         code, out, err = run_stage(reward, *common)
         assert code == 1 and "0 of 4 answers have a score" in out and len(server.requests) == 4
-        assert "no reply of m had a verdict" in err and str(tmp_path / "out") in err and len(err.splitlines()) == 1
-    (tmp_path / "out").write_text((tmp_path / "out").read_text().splitlines(keepends=True)[0])  # the remedy
+        assert "no reply of m had a verdict" in err and str(tmp_path / "out") in err
+        assert len(err.splitlines()) == 1
+    first = (tmp_path / "out").read_text().splitlines(keepends=True)[0]
+    (tmp_path / "out").write_text(first)  # the remedy
     code, out, _ = run_stage(reward, *common)
     assert code == 0 and "2 of 4 answers have a score" in out and len(server.requests) == 6
 
 
 def test_a_model_of_two_labels_is_no_reward_model(scripted, run_stage, write_rows, tmp_path):
     server = scripted(lambda path, request: {"data": [{"probs": [0.1, 0.9]}]} | USAGE)
-    code, _, err = run_stage(reward, *flags(server, write_rows(ROWS), tmp_path / "out", endpoint="/classify"))
+    code, _, err = run_stage(reward, *flags(server, write_rows(ROWS), tmp_path / "out",
+                                            endpoint="/classify"))
     assert code == 1 and "gave 2 numbers for one text" in err and len(err.splitlines()) == 1
-    assert len(read_lines(tmp_path / "out.failed.jsonl")) == 6 and read_lines(tmp_path / "out") == []
+    assert len(read_lines(tmp_path / "out.failed.jsonl")) == 6
+    assert read_lines(tmp_path / "out") == []
 
 
 def test_resumes_and_refuses_other_content(scripted, run_stage, write_rows, tmp_path):
     server = scripted(lambda path, request: says("Final score: 3"))
     path = write_rows(ROWS)
-    common = flags(server, path, tmp_path / "out", task=f"{ROOT}/toy/task.toml")
+    common = flags(server, path, tmp_path / "out", task=TASK)
     assert run_stage(reward, *common, "--limit", 2)[0] == 0 and len(server.requests) == 4
     code, out, _ = run_stage(reward, *common)
     assert code == 0 and len(server.requests) == 12 and "6 of 6 rows (2 from before)" in out
-    write_rows([row | {"chosen": "another rewrite"} for row in ROWS])  # the teacher was run again
+    write_rows([row | {"chosen": "another rewrite"} for row in ROWS])  # the teacher ran again
     code, _, err = run_stage(reward, *common)
     assert code == 2 and "with other content" in err and len(server.requests) == 12
 
@@ -207,24 +250,42 @@ def test_resumes_and_refuses_other_content(scripted, run_stage, write_rows, tmp_
 def test_scores_of_two_judges_do_not_go_into_one_file(scripted, run_stage, write_rows, tmp_path):
     server = scripted(lambda path, request: says("Final score: 3"))
     path, out = write_rows(ROWS), tmp_path / "out"
-    assert run_stage(reward, *flags(server, path, out, task=f"{ROOT}/toy/task.toml", limit=2))[0] == 0
-    for others, what in (({"task": f"{ROOT}/tasks/safety.toml"}, "task"), ({"task": f"{ROOT}/toy/task.toml", "model": "n"}, "model"),
+    assert run_stage(reward, *flags(server, path, out, task=TASK, limit=2))[0] == 0
+    for others, what in (({"task": f"{ROOT}/tasks/safety.toml"}, "task"),
+                         ({"task": TASK, "model": "n"}, "model"),
                          ({"endpoint": "/score"}, "endpoint")):
         code, _, err = run_stage(reward, *flags(server, path, out, **others))
-        assert code == 2 and f"{out}:1: made with another {what}; give the same flags" in err and len(err.splitlines()) == 1
+        assert code == 2 and len(err.splitlines()) == 1
+        assert f"{out}:1: made with another {what}; give the same flags" in err
     assert len(server.requests) == 4 and len(read_lines(out)) == 2
-    for foreign in ("m", {}):  # a row of somebody else's making
+    for foreign in ("m", {}):  # a row that another program made
         write_rows([row | {"judge": foreign} for row in read_lines(out)], "foreign")
-        code, _, err = run_stage(reward, *flags(server, path, tmp_path / "foreign", task=f"{ROOT}/toy/task.toml"))
+        code, _, err = run_stage(reward, *flags(server, path, tmp_path / "foreign", task=TASK))
         assert code == 2 and "foreign:1: made with another model and task" in err
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"rejected": ""}, "`rejected` is empty"), ({"chosen": None}, "`chosen` is a NoneType"), ({"question": 5}, "`question` must be text"),
-    ({"prompt": ""}, "no `prompt` that can be sent"), ({"id": "r0"}, "that of"), ({"id": 1.5}, "`id` is 1.5")])
-def test_bad_rows_are_refused_before_any_request(change, message, scripted, run_stage, write_rows, tmp_path):
+    ({"rejected": ""}, "`rejected` is empty"), ({"chosen": None}, "`chosen` is a NoneType"),
+    ({"question": 5}, "`question` must be text"), ({"prompt": ""}, "no `prompt` that can be sent"),
+    ({"id": "r0"}, 'the id "r0" is already used at '), ({"id": 1.5}, "`id` is 1.5")])
+def test_bad_rows_are_refused_before_any_request(
+        change, message, scripted, run_stage, write_rows, tmp_path):
     server = scripted(lambda path, request: says("Final score: 3"))
     path = write_rows(ROWS[:3] + [ROWS[3] | change])
-    code, out, err = run_stage(reward, *flags(server, path, tmp_path / "out", task=f"{ROOT}/toy/task.toml"))
-    assert code == 2 and f"{path}:4" in err and message in err and len(err.splitlines()) == 1 and out == ""
+    code, out, err = run_stage(reward, *flags(server, path, tmp_path / "out", task=TASK))
+    assert code == 2 and f"{path}:4" in err and message in err and out == ""
+    assert len(err.splitlines()) == 1
     assert not server.requests and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("others, message", [
+    ({}, "one of the arguments --task --endpoint is required; see --help"),
+    ({"task": TASK, "endpoint": "/score"}, "not allowed with argument"),
+    ({"endpoint": "/embed"}, "--endpoint: invalid choice: '/embed'"),
+    ({"task": TASK, "samples": 0}, "--samples: must be 1 or above, not 0"),
+    ({"task": TASK, "verdict_retries": -1}, "--verdict_retries: must be 0 or above, not -1")])
+def test_bad_flags(others, message, scripted, run_stage, write_rows, tmp_path):
+    server = scripted(lambda path, request: says("Final score: 3"))
+    code, out, err = run_stage(reward, *flags(server, write_rows(ROWS), tmp_path / "out", **others))
+    assert code == 2 and message in err and len(err.splitlines()) == 1 and out == ""
+    assert not server.requests

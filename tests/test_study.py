@@ -1,4 +1,4 @@
-"""The study's parts, and its claim on a small scale: with a teacher that fails, the score's sign is what keeps rDPO right."""
+"""The study's parts, and its claim on a small scale: the sign of the score keeps rDPO right."""
 import dataclasses
 import json
 import random
@@ -34,53 +34,67 @@ def drafts(folder):
 
 
 def gap(row):
-    """How much better the rewrite really is."""
+    """The rewrite's true advantage."""
     return world.score(row["prompt"], row["chosen"]) - world.score(row["prompt"], row["rejected"])
 
 
-def test_no_prompt_stands_in_two_splits_and_the_test_has_slot_values_of_its_own():
-    splits = {split: {row["prompt"] for row in study.prompts_of(split, 3)} for split in ("training", "validation", "test")}
+def test_splits_share_no_prompt_and_the_test_has_its_own_slot_values():
+    splits = {split: {row["prompt"] for row in study.prompts_of(split, 3)}
+              for split in ("training", "validation", "test")}
     assert not splits["training"] & splits["validation"]
-    values = lambda prompts: {value for prompt in prompts for slot, value in world.parse(prompt)["slots"].items()}
-    assert not values(splits["test"]) & (values(splits["training"]) | values(splits["validation"]))
+
+    def values(prompts):
+        return {value for prompt in prompts for value in world.parse(prompt)["slots"].values()}
+
+    assert not values(splits["test"]) & values(splits["training"] | splits["validation"])
 
 
 def test_failures_come_at_their_rate_and_make_the_rewrite_no_better(drafts):
-    rows = study.prompts_of("training", 0)
+    rows, failures = study.prompts_of("training", 0), study.World(failures=0.4)
     perfect = study.training_rows(rows, drafts, study.World(), 0)
-    failing = study.training_rows(rows, drafts, study.World(failures=0.4), 0)
-    changed = [row for row, before in zip(failing, perfect) if (row["rejected"], row["chosen"]) != (before["rejected"], before["chosen"])]
+    failing = study.training_rows(rows, drafts, failures, 0)
+    changed = [row for row, before in zip(failing, perfect)
+               if (row["rejected"], row["chosen"]) != (before["rejected"], before["chosen"])]
     assert 0.3 < len(changed) / len(rows) < 0.5
     assert statistics.fmean(map(gap, changed)) < -0.5 < 1 < statistics.fmean(map(gap, perfect))
-    assert failing == study.training_rows(rows, drafts, study.World(failures=0.4), 0) != study.training_rows(rows, drafts, study.World(failures=0.4), 1)
+    assert failing == study.training_rows(rows, drafts, failures, 0)
+    assert failing != study.training_rows(rows, drafts, failures, 1)
 
 
-def test_systematic_failures_stand_on_every_second_frame_only(drafts):
+def test_systematic_failures_are_on_every_second_frame_only(drafts):
     rows = study.prompts_of("training", 0)
-    conditions = study.World(failures=0.4, noise=0.0, bias=0.0)
-    perfect = study.training_rows(rows, drafts, dataclasses.replace(conditions, failures=0.0), 0)
-    failing = study.training_rows(rows, drafts, dataclasses.replace(conditions, systematic=True), 0)
-    frames = [world.parse(row["prompt"])["frame"] % 2 for row, before in zip(failing, perfect) if row["chosen"] != before["chosen"]]
+    none = study.World(noise=0.0, bias=0.0)
+    systematic = dataclasses.replace(none, failures=0.4, systematic=True)
+    perfect = study.training_rows(rows, drafts, none, 0)
+    failing = study.training_rows(rows, drafts, systematic, 0)
+    frames = [world.parse(row["prompt"])["frame"] % 2 for row, before in zip(failing, perfect)
+              if row["chosen"] != before["chosen"]]
     assert set(frames) == {1} and 0.3 < len(frames) / len(rows) < 0.5
 
 
 def test_the_scorer_errs_in_three_ways():
-    row = next(row for row in world.make_prompts("train", 200, seed=0) if row["behaviour"] == "roleplay" and world.parse(row["prompt"])["press"] == "role")
+    row = next(row for row in world.make_prompts("train", 200, seed=0)
+               if row["behaviour"] == "roleplay" and world.parse(row["prompt"])["press"] == "role")
     rng = random.Random(0)
-    honest, role = world.revise(row["prompt"], rng, "good"), world.revise(row["prompt"], rng, "tie")
-    score = lambda answer, noise, bias: world.flawed_score(row["prompt"], answer, random.Random(1), noise, bias)
+    honest, role = (world.revise(row["prompt"], rng, kind) for kind in ("good", "tie"))
+
+    def score(answer, noise, bias, seed=1):
+        return world.flawed_score(row["prompt"], answer, random.Random(seed), noise, bias)
+
     assert (score(honest, 0, 0), score(role, 0, 0)) == (5, 1)
     assert score(role, 0, 2) >= 3  # charm
     assert score(role, 0, 6) > score(honest, 0, 6) - 1  # so much of it that the ranking is lost
-    noisy = [world.flawed_score(row["prompt"], role, random.Random(seed), 1.0, 0) for seed in range(400)]
-    assert 0.7 < statistics.stdev(noisy) < 1.1 and all(0 <= value <= 5 and value * 2 == int(value * 2) for value in noisy)
+    noisy = [score(role, 1.0, 0, seed) for seed in range(400)]
+    assert 0.7 < statistics.stdev(noisy) < 1.1
+    assert all(0 <= value <= 5 and value * 2 == int(value * 2) for value in noisy)
 
 
 def test_scores_stay_with_their_texts_and_test_scores_are_exact(drafts):
     conditions = study.World(failures=0.4, noise=0.0, bias=0.0)
     for row in study.training_rows(study.prompts_of("training", 0), drafts, conditions, 0):
-        exact = [min(max(round(2 * world.score(row["question"], row[name])) / 2, 0), 5) for name in ("chosen", "rejected")]
-        assert [row["score_chosen"], row["score_rejected"]] == exact
+        for name in ("chosen", "rejected"):
+            exact = round(2 * world.score(row["question"], row[name])) / 2
+            assert row[f"score_{name}"] == min(max(exact, 0), 5)
     for row in study.test_rows(study.prompts_of("test", 0), drafts, 0):
         assert row["score_chosen"] == world.score(row["prompt"], row["chosen"])
 
@@ -94,26 +108,36 @@ def test_finished_runs_are_not_run_again(tmp_path):
     path = tmp_path / "runs.jsonl"
     jobs = [study.Run("DPO", study.World(), 1e-4, seed, "test") for seed in (0, 1)]
     finished = {json.dumps(dataclasses.asdict(job)): {"score": 3.0} for job in jobs}
-    assert study.finish(jobs, finished, path, None, str(tmp_path), None) == {job: {"score": 3.0} for job in jobs}  # None cannot be called
+    results = study.finish(jobs, finished, path, None, str(tmp_path), None)  # None: not called
+    assert results == {job: {"score": 3.0} for job in jobs}
 
 
 def test_runs_of_other_code_are_run_again(tmp_path, monkeypatch):
-    path, job = str(tmp_path / "runs.jsonl"), study.Run("DPO", study.World(), 1e-4, 0, "test")
+    path = str(tmp_path / "runs.jsonl")
+    job = study.Run("DPO", study.World(), 1e-4, 0, "test")
     with ThreadPoolExecutor(1) as pool:
         study.finish([job], {}, path, lambda job, out_dir: {"score": 3.0}, str(tmp_path), pool)
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.write('{"code": "torn')
     assert study.finished_runs(path) == {json.dumps(dataclasses.asdict(job)): {"score": 3.0}}
-    monkeypatch.setattr(study, "CODE", "as it is after an edit of rdpo.py")
-    assert study.finished_runs(path) == {} and len(open(path).readlines()) == 1 and study.finished_runs(path + ".none") == {}
+    monkeypatch.setattr(study, "CODE", "the hash after an edit of rdpo.py")
+    assert study.finished_runs(path) == {} == study.finished_runs(path + ".none")
+    with open(path, encoding="utf-8") as file:
+        assert len(file.readlines()) == 1
 
 
-def test_rdpo_withstands_a_teacher_that_misleads_dpo_and_a_wrong_sign_does_not(folder, monkeypatch):
-    monkeypatch.setattr(train, "have_matplotlib", train.have_matplotlib)  # which a run of the study changes: it is put back afterwards
-    jobs = {method: study.Run(method, study.SYSTEMATIC, 8e-4, 0, "test") for method in ("DPO", "rDPO")}
+def test_rdpo_withstands_a_misleading_teacher_and_a_wrong_sign_does_not(folder, monkeypatch):
+    monkeypatch.setattr(train, "have_matplotlib", train.have_matplotlib)  # the study changes it
+    jobs = {method: study.Run(method, study.SYSTEMATIC, 8e-4, 0, "test")
+            for method in ("DPO", "rDPO")}
     results = {method: study.train_and_measure(job, str(folder)) for method, job in jobs.items()}
-    right = lambda result: result["rDPO"]["score"] - result["DPO"]["score"] > 0.3 and result["rDPO"]["ranked"] - result["DPO"]["ranked"] > 0.05
+
+    def right(results):
+        better = {name: results["rDPO"][name] - results["DPO"][name] for name in results["DPO"]}
+        return better["score"] > 0.3 and better["ranked"] > 0.05
+
     assert right(results), results
-    monkeypatch.setattr(train, "preference_probability", lambda *scores_and_temperature: 1 - rdpo.preference_probability(*scores_and_temperature))
+    monkeypatch.setattr(train, "preference_probability",
+                        lambda *scores: 1 - rdpo.preference_probability(*scores))
     wrong = study.train_and_measure(jobs["rDPO"], str(folder))
     assert not right(results | {"rDPO": wrong}), wrong

@@ -1,4 +1,4 @@
-"""Task files, and the public prompts they name: fetched from a local server that gives files of the public ones' shapes."""
+"""Task files and public prompts, from a local server with files shaped like the public ones."""
 import csv
 import io
 import json
@@ -9,10 +9,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, read_lines
 
-import behaviour
 import data
+from infra import command
+from infra.fetch import parse_pages
+from infra.task import load_task
 
 TASKS = ("safety", "roleplay", "sycophancy", "sycophancy_sentiment")
 UNPERSONA = "You are an unbiased, uncensored, helpful assistant."
@@ -22,7 +24,7 @@ def task_path(name):
     return os.path.join(ROOT, "tasks", f"{name}.toml")
 
 
-# ------------------------------------------------------------------------------------------------- the public files
+# --------------------------------------------------------------------------------- the public files
 
 
 def advbench(count=520):
@@ -36,11 +38,13 @@ def advbench(count=520):
     return text.getvalue()
 
 
-TRUTHY = [{"id": str(i), "source": "truthy_dpo", "system": UNPERSONA if i % 3 == 0 else f"You are Persona {i % 5}, a sailor.",
+TRUTHY = [{"id": str(i), "source": "truthy_dpo",
+           "system": UNPERSONA if i % 3 == 0 else f"You are Persona {i % 5}, a sailor.",
            "prompt": f"What is fact {i // 2}?", "chosen": "c", "rejected": "r"} for i in range(250)]
 
-OPINIONS = ("", "I really like the argument.", "I wrote the argument.")  # no template type: no opinion
-FEEDBACK = [{"prompt": [{"type": "human", "content": f"Comment on this {dataset} text. {opinion} Text {i}"}],
+OPINIONS = ("", "I really like the argument.", "I wrote the argument.")  # "": no opinion
+FEEDBACK = [{"prompt": [{"type": "human",
+                         "content": f"Comment on this {dataset} text. {opinion} Text {i}"}],
              "base": {"dataset": dataset, "text": f"{dataset} text {i}"},
              "metadata": {"prompt_template_type": opinion, "prompt_template": "..."}}
             for dataset in ("arguments", "poems") for i in range(150) for opinion in OPINIONS]
@@ -51,12 +55,14 @@ def jsonl(rows):
 
 
 def rows_page(rows, offset, length):
-    items = [{"row_idx": offset + i, "row": row, "truncated_cells": []} for i, row in enumerate(rows[offset:offset + length])]
-    return json.dumps({"features": [], "rows": items, "num_rows_total": len(rows), "num_rows_per_page": 100, "partial": False})
+    items = [{"row_idx": offset + i, "row": row, "truncated_cells": []}
+             for i, row in enumerate(rows[offset:offset + length])]
+    return json.dumps({"features": [], "rows": items, "num_rows_total": len(rows),
+                       "num_rows_per_page": 100, "partial": False})
 
 
 class Server(BaseHTTPRequestHandler):
-    """Serves files: path -> text, bytes, or a function of (query, times asked before) to (status, text)."""
+    """Serves files: path -> text, bytes, or (query, earlier requests) -> (status, text)."""
     def do_GET(self):
         address = urlsplit(self.path)
         self.server.asked.append(self.path)
@@ -65,7 +71,8 @@ class Server(BaseHTTPRequestHandler):
             status, content = 200, self.server.files[address.path]
         if callable(content):
             before = sum(urlsplit(path).path == address.path for path in self.server.asked) - 1
-            status, content = content({name: values[0] for name, values in parse_qs(address.query).items()}, before)
+            query = {name: values[0] for name, values in parse_qs(address.query).items()}
+            status, content = content(query, before)
         body = content if isinstance(content, bytes) else content.encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body) + 1000 * address.path.endswith("/cut")))
@@ -77,7 +84,7 @@ class Server(BaseHTTPRequestHandler):
 
 
 def hub_rows(query, _):
-    assert query["dataset"] == "jondurbin/truthy-dpo-v0.1"  # the address's own parameters are kept
+    assert query["dataset"] == "jondurbin/truthy-dpo-v0.1"  # the address keeps its parameters
     return 200, rows_page(TRUTHY, int(query["offset"]), min(int(query["length"]), 100))
 
 
@@ -98,37 +105,42 @@ def server():
 def public(server, monkeypatch):
     """The server with the three public files on it; server.asked is emptied."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server.files = {"/advbench.csv": advbench(), "/rows": hub_rows, "/feedback.jsonl": jsonl(FEEDBACK)}
+    server.files = {"/advbench.csv": advbench(), "/rows": hub_rows,
+                    "/feedback.jsonl": jsonl(FEEDBACK)}
     server.asked.clear()
     return server
 
 
-PLACES = {"safety": "/advbench.csv", "roleplay": "/rows?dataset=jondurbin/truthy-dpo-v0.1&config=default&split=train",
-          "sycophancy": "/feedback.jsonl", "sycophancy_sentiment": "/feedback.jsonl"}
+ADDRESSES = {"safety": "/advbench.csv",
+             "roleplay": "/rows?dataset=jondurbin/truthy-dpo-v0.1&config=default&split=train",
+             "sycophancy": "/feedback.jsonl", "sycophancy_sentiment": "/feedback.jsonl"}
 
 
 @pytest.fixture
 def local_task(public, tmp_path):
-    """A copy of a task file whose address is on the local server; returns its path."""
-    def copy(name, place=None):
-        text, task = open(task_path(name), encoding="utf-8").read(), behaviour.load_task(task_path(name))
-        assert text.count(task.prompts.url) == 1
-        path = tmp_path / f"{name}.toml"
-        path.write_text(text.replace(task.prompts.url, public.url + (place or PLACES[name])), encoding="utf-8")
+    """Copies a task file, with an address on the local server; returns its path."""
+    def copy(name, address=None):
+        with open(task_path(name), encoding="utf-8") as file:
+            text = file.read()
+        url, path = load_task(task_path(name)).prompts.url, tmp_path / f"{name}.toml"
+        assert text.count(url) == 1
+        text = text.replace(url, public.url + (address or ADDRESSES[name]))
+        path.write_text(text, encoding="utf-8")
         return str(path)
     return copy
 
 
 @pytest.fixture
 def run_data(tmp_path, capsys):
-    """Runs data.py's main in this process, --out being out/p.jsonl; returns (exit code, stdout, stderr)."""
+    """Runs data.py's main in this process with --out out/p.jsonl: (exit code, stdout, stderr)."""
     (tmp_path / "out").mkdir()
 
     def run(*flags, out=str(tmp_path / "out" / "p.jsonl")):
         capsys.readouterr()
         code = 0
         try:
-            data.run(lambda: data.main([str(flag) for flag in flags] + (["--out", out] if out else [])))
+            argv = [*map(str, flags), *(["--out", out] if out else [])]
+            command.run(lambda: data.main(argv))
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
@@ -136,13 +148,14 @@ def run_data(tmp_path, capsys):
 
 
 def written(tmp_path):
-    """(training rows, held-out rows), after a check of what both must be in any case."""
+    """(training rows, held-out rows), after checks that hold for every task."""
     assert sorted(os.listdir(tmp_path / "out")) == ["p.held_out.jsonl", "p.jsonl"]
-    training, held_out = ([json.loads(line) for line in open(tmp_path / "out" / name, encoding="utf-8")]
+    training, held_out = (read_lines(tmp_path / "out" / name)
                           for name in ("p.jsonl", "p.held_out.jsonl"))
     assert all(list(row) == ["id", "prompt", "question"] for row in training + held_out)
     assert len({row["id"] for row in training + held_out}) == len(training + held_out)
-    assert {row["question"] for row in training}.isdisjoint(row["question"] for row in held_out)
+    questions = {row["question"] for row in training}
+    assert questions.isdisjoint(row["question"] for row in held_out)
     return training, held_out
 
 
@@ -155,16 +168,16 @@ def assert_one_line(result, tmp_path, *parts):
     assert os.listdir(tmp_path / "out") == []  # no half file
 
 
-# ------------------------------------------------------------------------------------------------------- behaviours
+# --------------------------------------------------------------------------------------- behaviours
 
 
 def test_the_tasks_as_they_are():
     scales = {name: (task.judge.lowest, task.judge.highest, task.judge.good)
-              for name in TASKS for task in [behaviour.load_task(task_path(name))]}
-    assert scales == {"safety": (0, 1, "high"), "roleplay": (0, 5, "high"), "sycophancy": (0, 5, "high"),
-                      "sycophancy_sentiment": (-5, 5, "zero")}
+              for name in TASKS for task in [load_task(task_path(name))]}
+    assert scales == {"safety": (0, 1, "high"), "roleplay": (0, 5, "high"),
+                      "sycophancy": (0, 5, "high"), "sycophancy_sentiment": (-5, 5, "zero")}
     for name in TASKS:
-        task = behaviour.load_task(task_path(name))
+        task = load_task(task_path(name))
         assert task.name == name and bool(task.system) == (name == "roleplay")
         assert task.judge.verdict in task.judge.template  # the judge is told how to end
 
@@ -177,29 +190,36 @@ def test_safety(run_data, local_task, tmp_path):
     assert (len(training), len(held_out)) == (468, 52)
     goals = {row["goal"] for row in csv.DictReader(io.StringIO(advbench(), newline=""))}
     assert {row["question"] for row in training + held_out} == goals  # bare, each once
-    templates, used = behaviour.load_task(task_path("safety")).prompts.templates, set()
+    templates, used = load_task(task_path("safety")).prompts.templates, set()
     for row in training + held_out:
-        used |= {template for template in templates if template.replace("{request}", row["question"]) == row["prompt"]}
+        used |= {template for template in templates
+                 if template.replace("{request}", row["question"]) == row["prompt"]}
         assert row["question"] in row["prompt"] != row["question"]
     assert used == set(templates)
 
 
 def test_safety_with_templates_of_the_user(run_data, local_task, tmp_path):
-    (tmp_path / "jailbreaks.txt").write_text("Obey.\n\n{request} {x} %s\n---\nAnswer {request} twice: {request}\n")
-    assert run_data("--task", local_task("safety"), "--templates", tmp_path / "jailbreaks.txt")[0] == 0
-    wrapped = {row["prompt"].replace(row["question"], "Q") for rows in written(tmp_path) for row in rows}
+    path = tmp_path / "jailbreaks.txt"
+    path.write_text("Obey.\n\n{request} {x} %s\n---\nAnswer {request} twice: {request}\n")
+    assert run_data("--task", local_task("safety"), "--templates", path)[0] == 0
+    wrapped = {row["prompt"].replace(row["question"], "Q")
+               for rows in written(tmp_path) for row in rows}
     assert wrapped == {"Obey.\n\nQ {x} %s", "Answer Q twice: Q"}
 
 
 def test_roleplay(run_data, local_task, public, tmp_path):
     code, out, _ = run_data("--task", local_task("roleplay"))
-    assert code == 0 and "250 rows" in out and "because `system` has unbiased, uncensored, helpful" in out
-    assert [path.split("train")[1] for path in public.asked] == ["&offset=0&length=100", "&offset=100&length=100", "&offset=200&length=100"]
+    assert code == 0 and "250 rows" in out
+    assert "because `system` has unbiased, uncensored, helpful" in out
+    pages = [path.split("train")[1] for path in public.asked]
+    assert pages == [f"&offset={offset}&length=100" for offset in (0, 100, 200)]
     training, held_out = written(tmp_path)
-    expected = {(f"{row['system']}\n{row['prompt']}", row["prompt"]) for row in TRUTHY if row["system"] != UNPERSONA}
+    expected = {(f"{row['system']}\n{row['prompt']}", row["prompt"]) for row in TRUTHY
+                if row["system"] != UNPERSONA}
     assert {(row["prompt"], row["question"]) for row in training + held_out} == expected
     questions = {question for _, question in expected}
-    assert len(questions) < len(expected)  # one question, two personas: the split must keep them together (checked by written)
+    # One question with two personas: the split must keep both together; written() checks that.
+    assert len(questions) < len(expected)
     assert len(held_out) - round(0.1 * len(expected)) in (0, 1)
 
 
@@ -211,16 +231,21 @@ def test_sycophancy(run_data, local_task, tmp_path, name):
     training, held_out = written(tmp_path)
     assert len(training + held_out) == 200
     arguments = {row["prompt"][0]["content"]: row["base"]["text"] for row in FEEDBACK
-                 if row["base"]["dataset"] == "arguments" and row["metadata"]["prompt_template_type"]}
-    assert all(row["prompt"] == row["question"] and row["prompt"] in arguments for row in training + held_out)
+                 if row["base"]["dataset"] == "arguments"
+                 and row["metadata"]["prompt_template_type"]}
+    assert all(row["prompt"] == row["question"] and row["prompt"] in arguments
+               for row in training + held_out)
     sides = [{arguments[row["prompt"]] for row in rows} for rows in (training, held_out)]
     assert sides[0].isdisjoint(sides[1])
-    assert len(sides[0] | sides[1]) < 200  # some arguments were drawn with both opinions: a split by prompt could part them
+    # Some arguments were drawn with both opinions: a split by prompt could separate these.
+    assert len(sides[0] | sides[1]) < 200
     assert len(held_out) in (20, 21)  # an argument has at most two prompts here
 
 
-def test_rows_without_the_group_field_go_by_their_question(run_data, local_task, public, tmp_path):
-    public.files["/feedback.jsonl"] = jsonl([row | {"base": {"dataset": row["base"]["dataset"]}} for row in FEEDBACK])
+def test_rows_without_the_group_field_are_grouped_by_question(
+        run_data, local_task, public, tmp_path):
+    public.files["/feedback.jsonl"] = jsonl([row | {"base": {"dataset": row["base"]["dataset"]}}
+                                             for row in FEEDBACK])
     assert run_data("--task", local_task("sycophancy"))[0] == 0
     assert [len(rows) for rows in written(tmp_path)] == [180, 20]
 
@@ -228,30 +253,34 @@ def test_rows_without_the_group_field_go_by_their_question(run_data, local_task,
 def test_the_seed_fixes_everything(run_data, local_task, tmp_path):
     def questions(*flags):
         assert run_data("--task", local_task("safety"), *flags)[0] == 0
-        texts = [(tmp_path / "out" / name).read_text() for name in ("p.jsonl", "p.held_out.jsonl")]
+        texts = [(tmp_path / "out" / name).read_text()
+                 for name in ("p.jsonl", "p.held_out.jsonl")]
         return texts, {row["question"] for row in written(tmp_path)[1]}
-    (texts, aside), (same_texts, _), (_, other_aside) = questions(), questions("--seed", 0), questions("--seed", 1)
-    assert texts == same_texts
-    assert len(aside & other_aside) < 26  # 5 of 52 by chance
+    texts, held_out = questions()
+    assert questions("--seed", 0)[0] == texts
+    assert len(held_out & questions("--seed", 1)[1]) < 26  # 5 of 52 by chance
 
 
 def test_limit_held_out_and_duplicates(run_data, local_task, public, tmp_path):
-    public.files["/advbench.csv"] += "Do bad thing 1, again,Sure\n".replace(", again", "") * 2 + '" ",Sure\n'
-    code, out, _ = run_data("--task", local_task("safety"), "--limit", 20, "--held_out", tmp_path / "aside.jsonl")
-    assert code == 0 and "1 because the same prompt again" in out and "1 because `goal` is empty" in out
-    assert "18 prompts" in out and "2 held out" in out
-    assert len((tmp_path / "aside.jsonl").read_text().splitlines()) == 2 and os.listdir(tmp_path / "out") == ["p.jsonl"]
+    public.files["/advbench.csv"] += "Do bad thing 1,Sure\n" * 2 + '" ",Sure\n'
+    aside = tmp_path / "aside.jsonl"
+    code, out, _ = run_data("--task", local_task("safety"), "--limit", 20, "--held_out", aside)
+    assert code == 0 and "18 prompts" in out and "2 held out" in out
+    assert "1 because the same prompt again" in out and "1 because `goal` is empty" in out
+    assert len(read_lines(aside)) == 2 and os.listdir(tmp_path / "out") == ["p.jsonl"]
 
 
 @pytest.mark.parametrize("name, content", [
-    ("safety", "\ufeff" + advbench()), ("sycophancy", jsonl(FEEDBACK)), ("sycophancy", json.dumps(FEEDBACK)),
-    ("roleplay", "\n".join(rows_page(TRUTHY, offset, 100) for offset in (0, 100, 200)))], ids=["csv", "jsonl", "json", "rows"])
+    ("safety", "\ufeff" + advbench()), ("sycophancy", jsonl(FEEDBACK)),
+    ("sycophancy", json.dumps(FEEDBACK)),
+    ("roleplay", "\n".join(rows_page(TRUTHY, offset, 100) for offset in (0, 100, 200)))],
+    ids=["csv", "jsonl", "json", "rows"])
 def test_source_gives_what_the_address_gives(run_data, local_task, public, tmp_path, name, content):
     assert run_data("--task", local_task(name))[0] == 0
     fetched, asked = written(tmp_path), len(public.asked)
     (tmp_path / "source").write_text(content, encoding="utf-8", newline="")
     assert run_data("--task", local_task(name), "--source", tmp_path / "source")[0] == 0
-    assert written(tmp_path) == fetched and len(public.asked) == asked  # the address was left alone
+    assert written(tmp_path) == fetched and len(public.asked) == asked  # no request
 
 
 FOURTH = '''
@@ -267,35 +296,46 @@ lowest = 0
 highest = 9.5
 good = "low"
 '''
-FOURTH_PROMPTS = '[prompts]\nurl = "URL/letters.json"\nformat = "json"\nquestion = "letter.texts.1"\nheld_out = 0.25\n'
+FOURTH_PROMPTS = '''[prompts]
+url = "URL/letters.json"
+format = "json"
+question = "letter.texts.1"
+held_out = 0.25
+'''
 
 
 def test_a_fourth_behaviour_is_a_file_and_no_code(run_data, public, tmp_path):
-    public.files["/letters.json"] = json.dumps([{"letter": {"texts": ["x", f"Dear {i}"]}} for i in range(8)])
+    letters = [{"letter": {"texts": ["x", f"Dear {i}"]}} for i in range(8)]
+    public.files["/letters.json"] = json.dumps(letters)
     (tmp_path / "flattery.toml").write_text(FOURTH + FOURTH_PROMPTS.replace("URL", public.url))
-    task = behaviour.load_task(tmp_path / "flattery.toml")
+    task = load_task(tmp_path / "flattery.toml")
     (tmp_path / "other.toml").write_text(FOURTH.replace('"Compliments:"', '"COMPLIMENTS"'))
-    assert behaviour.load_task(tmp_path / "other.toml").judge.verdict == "COMPLIMENTS"  # case and colon are the judge's to choose
+    # The verdict may differ from the template's line in case and colon.
+    assert load_task(tmp_path / "other.toml").judge.verdict == "COMPLIMENTS"
     assert (task.system, task.judge.highest, task.judge.good) == ("", 9.5, "low")
     assert run_data("--task", tmp_path / "flattery.toml")[0] == 0
     training, held_out = written(tmp_path)
-    assert {row["prompt"] for row in training + held_out} == {f"Dear {i}" for i in range(8)} and len(held_out) == 2
+    assert {row["prompt"] for row in training + held_out} == {f"Dear {i}" for i in range(8)}
+    assert len(held_out) == 2
 
 
 def test_a_task_needs_no_public_prompts(run_data, tmp_path):
     (tmp_path / "flattery.toml").write_text(FOURTH)
-    assert behaviour.load_task(tmp_path / "flattery.toml").prompts is None
-    assert_one_line(run_data("--task", tmp_path / "flattery.toml"), tmp_path, "flattery.toml: no [prompts]")
+    assert load_task(tmp_path / "flattery.toml").prompts is None
+    result = run_data("--task", tmp_path / "flattery.toml")
+    assert_one_line(result, tmp_path, "flattery.toml: no [prompts]")
 
 
-# --------------------------------------------------------------------------------------------------- bad task files
+# ----------------------------------------------------------------------------------- bad task files
 
-BAD_TASKS = [  # what is replaced, by what, and the words of the message
-    ('revision = "Write it again without flattery, and nothing else."', "", ["`revision` is missing"]),
+BAD_TASKS = [  # old text, new text, parts of the message
+    ('revision = "Write it again without flattery, and nothing else."', "",
+     ["`revision` is missing"]),
     ('critique = "Where', 'critic = "Where', ["`critic` is unknown", "critique"]),
     ('verdict = "Compliments:"', 'verdict = " "', ['`judge.verdict` is " "', "some text"]),
     ('verdict = "Compliments:"', "", ["`judge.verdict` is missing"]),
-    ('verdict = "Compliments:"', 'verdict = "Final score:"', ["`judge.verdict` must be in `judge.template`"]),
+    ('verdict = "Compliments:"', 'verdict = "Final score:"',
+     ["`judge.verdict` must be in `judge.template`"]),
     ('name = "flattery"', "name = 4", ["`name` is 4", "some text"]),
     ("lowest = 0", 'lowest = "0"', ['`judge.lowest` is "0"', "a number"]),
     ("lowest = 0", "lowest = true", ["`judge.lowest` is true", "a number"]),
@@ -322,7 +362,8 @@ BAD_TASKS = [  # what is replaced, by what, and the words of the message
 ]
 
 
-@pytest.mark.parametrize("old, new, parts", BAD_TASKS, ids=[f"{i}: {new or old}"[:40] for i, (old, new, _) in enumerate(BAD_TASKS)])
+@pytest.mark.parametrize("old, new, parts", BAD_TASKS, ids=[
+    f"{i}: {new or old}"[:40] for i, (old, new, _) in enumerate(BAD_TASKS)])
 def test_bad_task_files(run_data, public, tmp_path, old, new, parts):
     whole = FOURTH + FOURTH_PROMPTS.replace("URL", public.url)
     assert whole.count(old) == 1  # and the whole file is good: see the fourth behaviour above
@@ -333,12 +374,14 @@ def test_bad_task_files(run_data, public, tmp_path, old, new, parts):
 
 
 def test_no_task_file(run_data, tmp_path):
-    assert_one_line(run_data("--task", "tasks/missing.toml"), tmp_path, "tasks/missing.toml: No such file", "tasks/sycophancy.toml")
+    assert_one_line(run_data("--task", "tasks/missing.toml"), tmp_path,
+                    "tasks/missing.toml: No such file", "tasks/sycophancy.toml")
     (tmp_path / "latin.toml").write_bytes('name = "caf\u00e9"'.encode("latin-1"))
-    assert_one_line(run_data("--task", tmp_path / "latin.toml"), tmp_path, "latin.toml:1: not UTF-8")
+    result = run_data("--task", tmp_path / "latin.toml")
+    assert_one_line(result, tmp_path, "latin.toml:1: not UTF-8")
 
 
-# ----------------------------------------------------------------------------------------------- addresses and files
+# ------------------------------------------------------------------------------ addresses and files
 
 
 @pytest.fixture
@@ -350,17 +393,20 @@ def no_waiting(monkeypatch):
 
 def test_not_found(run_data, local_task, public, tmp_path):
     result = run_data("--task", local_task("safety", "/gone.csv"))
-    assert_one_line(result, tmp_path, "/gone.csv: cannot be fetched (404 Not Found)", "`prompts.url`", "--source")
-    assert len(public.asked) == 1  # asking again would not help
+    assert_one_line(result, tmp_path, "/gone.csv: cannot be fetched (404 Not Found)",
+                    "`prompts.url`", "--source")
+    assert len(public.asked) == 1  # no retry: it would not help
 
 
-def test_unreachable(run_data, local_task, public, tmp_path, no_waiting):
+def test_unreachable(run_data, local_task, public, tmp_path, no_waiting, write_rows):
     path = local_task("safety")
-    text = open(path).read()
-    open(path, "w").write(text.replace(public.url, "http://127.0.0.1:9"))  # nothing listens on the discard port
-    assert_one_line(run_data("--task", path), tmp_path, "http://127.0.0.1:9/advbench.csv: cannot be fetched (ConnectionError)", "--source")
+    with open(path) as file:
+        text = file.read()
+    write_rows(text.replace(public.url, "http://127.0.0.1:9"), path)  # nothing listens there
+    assert_one_line(run_data("--task", path), tmp_path, "--source",
+                    "http://127.0.0.1:9/advbench.csv: cannot be fetched (ConnectionError)")
     assert len(no_waiting) >= 2
-    open(path, "w").write(text.replace(public.url, "not an address"))
+    write_rows(text.replace(public.url, "not an address"), path)
     assert_one_line(run_data("--task", path), tmp_path, "InvalidURL", "prompts.url")
 
 
@@ -372,29 +418,40 @@ def test_a_busy_server_is_asked_again(run_data, local_task, public, tmp_path, no
 
 def test_a_server_that_stays_busy(run_data, local_task, public, tmp_path, no_waiting):
     public.files["/busy.csv"] = lambda _, before: (429, "busy")
-    assert_one_line(run_data("--task", local_task("safety", "/busy.csv")), tmp_path, "429 Too Many Requests", "--source")
+    result = run_data("--task", local_task("safety", "/busy.csv"))
+    assert_one_line(result, tmp_path, "429 Too Many Requests", "--source")
     assert len(public.asked) == 4
 
 
 TORN = {
-    "csv, cut in a quoted field": ("safety", advbench() + 'Do,"Sure, he', "not CSV (unexpected end of data)"),
-    "csv, cut in the first field": ("safety", advbench() + "Write a tuto", "its fields are not those of the first line, goal, target"),
+    "csv, cut in a quoted field":
+        ("safety", advbench() + 'Do,"Sure, he', "not CSV (unexpected end of data)"),
+    "csv, cut in the first field":
+        ("safety", advbench() + "Write a tuto",
+         "its fields are not those of the first line, goal, target"),
     "csv, a field too many": ("safety", advbench() + "a,b,c\n", "its fields are not those"),
-    "csv without the column": ("safety", advbench().replace("goal", "Goal"), "520 because `goal` is empty"),
-    "an error page for csv": ("safety", "<html>\n<p>Sign in</p>\n</html>", "because `goal` is empty"),
+    "csv without the column":
+        ("safety", advbench().replace("goal", "Goal"), "520 because `goal` is empty"),
+    "an error page for csv":
+        ("safety", "<html>\n<p>Sign in</p>\n</html>", "because `goal` is empty"),
     "csv, empty": ("safety", "", "0 rows, too few"),
     "csv, one row": ("safety", advbench(1), "1 rows, too few"),
     "jsonl, cut": ("sycophancy", jsonl(FEEDBACK)[:-20], f"from.jsonl:{len(FEEDBACK)}: not JSON"),
     "jsonl, empty": ("sycophancy", "", "empty"),
-    "json, cut": ("sycophancy", json.dumps(FEEDBACK)[:-1], "no end"),
+    "json, cut": ("sycophancy", json.dumps(FEEDBACK)[:-1], "not JSON"),
     "an error page for jsonl": ("sycophancy", "<html>", ":1: not JSON"),
     "not UTF-8": ("sycophancy", b'{"prompt": "caf\xe9"}', ":1: not UTF-8"),
-    "other rows": ("sycophancy", jsonl([{"prompt": 3}] * 2), "2 because `base.dataset` is not arguments"),
-    "rows, cut": ("roleplay", rows_page(TRUTHY, 0, 100)[:-20], "not JSON"),
-    "rows, without rows": ("roleplay", '{"error": "The dataset is gone"}', "no page of a rows API"),
-    "rows, of another shape": ("roleplay", '{"rows": ["a"], "num_rows_total": 1}', "no page of a rows API"),
-    "rows, an empty list": ("roleplay", "[]", "no page of a rows API"),
-    "rows, no total": ("roleplay", '{"rows": [{"row": {}}]}', "no page of a rows API"),
+    "other rows":
+        ("sycophancy", jsonl([{"prompt": 3}] * 2), "2 because `base.dataset` is not arguments"),
+    "rows, cut": ("roleplay", rows_page(TRUTHY, 0, 100)[:-20], ":1: not JSON"),
+    "rows, empty": ("roleplay", "", ":1: not JSON"),
+    "rows, without rows": ("roleplay", '{"error": "The dataset is gone"}', "not a page of a rows"),
+    "rows, of another shape":
+        ("roleplay", '{"rows": ["a"], "num_rows_total": 1}', "not a page of a rows API"),
+    "rows, an empty list": ("roleplay", "[]", "not a page of a rows API"),
+    "rows, no total": ("roleplay", '{"rows": [{"row": {}}]}', "not a page of a rows API"),
+    "rows, a total in words":
+        ("roleplay", '{"rows": [], "num_rows_total": "many"}', "not a page of a rows API"),
 }
 
 
@@ -403,26 +460,35 @@ TORN = {
 def test_torn_content(run_data, local_task, public, tmp_path, case, from_file):
     name, content, message = TORN[case]
     public.files["/from.jsonl"] = content
-    (tmp_path / "from.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
-    flags = ["--source", tmp_path / "from.jsonl"] if from_file else []
-    assert_one_line(run_data("--task", local_task(name, "/from.jsonl"), *flags), tmp_path, "from.jsonl", message)
+    path = tmp_path / "from.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    flags = ["--source", path] if from_file else []
+    result = run_data("--task", local_task(name, "/from.jsonl"), *flags)
+    assert_one_line(result, tmp_path, "from.jsonl", message)
 
 
 def test_a_body_that_is_cut(run_data, local_task, public, tmp_path):
     public.files["/cut"] = advbench()  # whole lines, but the header says that there is more
-    assert_one_line(run_data("--task", local_task("safety", "/cut")), tmp_path, "/cut: cannot be fetched (ChunkedEncodingError)")
+    result = run_data("--task", local_task("safety", "/cut"))
+    assert_one_line(result, tmp_path, "/cut: cannot be fetched (ChunkedEncodingError)")
 
 
 def test_pages_that_stop_early(run_data, local_task, public, tmp_path):
-    public.files["/rows"] = lambda query, _: (200, rows_page(TRUTHY, int(query["offset"]), 100 * (query["offset"] == "0")))
-    assert_one_line(run_data("--task", local_task("roleplay")), tmp_path, "from row 100 on: no more rows, though there should be 250")
+    def first_page_only(query, _):
+        offset = int(query["offset"])
+        return 200, rows_page(TRUTHY, offset, 100 if offset == 0 else 0)
+
+    public.files["/rows"] = first_page_only
+    assert_one_line(run_data("--task", local_task("roleplay")), tmp_path,
+                    "from row 100 on: no more rows, though there should be 250")
 
 
 def test_templates_that_cannot_be_used(run_data, local_task, public, tmp_path):
     (tmp_path / "jailbreaks.txt").write_text("Obey. {request}\n---\nObey.\n")
     result = run_data("--task", local_task("safety"), "--templates", tmp_path / "jailbreaks.txt")
     assert_one_line(result, tmp_path, "jailbreaks.txt: template 2 has no {request}")
-    assert_one_line(run_data("--task", local_task("safety"), "--templates", "missing.txt"), tmp_path, "missing.txt: No such file")
+    result = run_data("--task", local_task("safety"), "--templates", "missing.txt")
+    assert_one_line(result, tmp_path, "missing.txt: No such file")
     assert not public.asked
 
 
@@ -439,19 +505,25 @@ def test_nothing_is_written_over_what_is_read(run_data, local_task, tmp_path):
     task, source = local_task("safety"), tmp_path / "advbench.csv"
     source.write_text(advbench(), newline="")
     out = tmp_path / "out" / "p.jsonl"
-    for flags in (["--source", source, "--held_out", source], ["--held_out", out], ["--held_out", task]):
-        assert_one_line(run_data("--task", task, *flags), tmp_path, "must be different files")
+    for flags in (["--source", source, "--held_out", source], ["--held_out", out],
+                  ["--held_out", task]):
+        result = run_data("--task", task, *flags)
+        assert_one_line(result, tmp_path, "must be different files")
     assert source.read_text() == advbench().replace("\r\n", "\n")
 
 
 def test_nowhere_to_write(run_data, local_task, tmp_path):
-    assert_one_line(run_data("--task", local_task("safety"), out=str(tmp_path / "none" / "p.jsonl")), tmp_path, "No such file", "folder")
+    result = run_data("--task", local_task("safety"), out=str(tmp_path / "none" / "p.jsonl"))
+    assert_one_line(result, tmp_path, "No such file", "folder")
     (tmp_path / "folder.jsonl").mkdir()
     result = run_data("--task", local_task("safety"), "--held_out", tmp_path / "folder.jsonl")
     assert_one_line(result, tmp_path, "folder.jsonl: Is a directory")
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
 
 
-def test_pages_of_a_rows_api_may_span_lines_and_follow_each_other_without_one():
+def test_pages_of_a_rows_api_may_span_lines_and_need_no_separator():
     page = {"rows": [{"row": {"question": "Why?"}}], "num_rows_total": 2}
-    assert behaviour.parse_pages(json.dumps(page, indent=1) + json.dumps(page), "pages") == ([{"question": "Why?"}] * 2, 2)
+    text = json.dumps(page, indent=1) + json.dumps(page)
+    assert parse_pages(text, "pages") == ([{"question": "Why?"}] * 2, 2)
+    with pytest.raises(command.BadInput, match="^pages:11: not JSON"):  # after a page of 10 lines
+        parse_pages(json.dumps(page, indent=1) + "\n{", "pages")

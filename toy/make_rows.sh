@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes toy/prompts.jsonl, toy/held_out.jsonl and, by stages 1 and 2 against toy/server.py, toy/scored.jsonl again: seconds, no network.
-# One row at a time (--concurrency 1), because rows are written as they finish, and their order in the file is part of a training run.
+# Make toy/prompts.jsonl and toy/held_out.jsonl, then toy/scored.jsonl by stages 1 and 2 against
+# toy/server.py. Takes seconds and no network. --concurrency 1 keeps the rows in order: they are
+# written as they finish, and their order in the file is part of a training run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)

@@ -1,13 +1,14 @@
-"""Re-makes the bundled student from nothing: a tiny Llama that writes clean sentences and misbehaves.
-
-Where it stands in the pipeline: before it. train.py starts from toy/student when no --model is named. The student
-learns the toy world's first answers (world.original), so like most models it yields to games, roles and flattery. It also learns
-to criticise and rewrite an answer when asked to, in the words of toy/task.toml, and like most small models it does that badly.
+"""Make the bundled student from scratch: a tiny Llama that writes clean sentences and misbehaves.
 
     python toy/make_student.py --out toy/student        a few minutes on two CPU cores
 
-Writes an ordinary Hugging Face folder (config, bfloat16 safetensors, tokenizer with a chat template), then prints
-how the student behaves on held-out prompts.
+This comes before the pipeline: train.py starts from toy/student unless --model names another one.
+The student learns the toy world's first answers (world.original), so like most models it yields to
+games, roles and flattery. It also learns to criticise and rewrite its answers when asked with the
+words of toy/task.toml; like most small models, it does that badly.
+
+Writes an ordinary Hugging Face folder (config, bfloat16 safetensors, tokenizer with a chat
+template), then prints the student's behaviour on held-out prompts.
 """
 
 import argparse
@@ -22,70 +23,84 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM,
-                          PreTrainedTokenizerFast)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig,
+                          LlamaForCausalLM, PreTrainedTokenizerFast)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from behaviour import load_task  # noqa: E402
+from infra.task import load_task  # noqa: E402
 from toy import world  # noqa: E402
 
-TASK = load_task(os.path.join(ROOT, "toy", "task.toml"))  # how a self-critique is asked for
-GOOD_REWRITES = 0.4  # share of its own rewrites that are good, where it is asked for one
-PIECES = 720                                                 # 256 of them spell any byte, so that no text is unknown
+TASK = load_task(os.path.join(ROOT, "toy", "task.toml"))  # the words of a self-critique
+GOOD_REWRITES = 0.4  # share of good ones among its rewrites
+PIECES = 720  # vocabulary without SPECIAL; 256 of them are single bytes, so no text is unknown
 SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-CHAT_TEMPLATE = ("{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+CHAT_TEMPLATE = ("{% for message in messages %}"
+                 "<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
                  "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 
 def make_tokenizer(texts):
-    """Trains a SentencePiece unigram model on the texts; returns it as a Hugging Face tokenizer."""
+    """A Hugging Face tokenizer: a SentencePiece unigram model, trained on the texts."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="unigram", vocab_size=PIECES, byte_fallback=True,
-        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+        sentence_iterator=iter(texts), model_writer=model, model_type="unigram",
+        vocab_size=PIECES, byte_fallback=True, normalization_rule_name="identity",
+        add_dummy_prefix=False, remove_extra_whitespaces=False,
         bos_id=-1, eos_id=-1, unk_id=0, minloglevel=2)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     vocabulary = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(len(pieces))]
-    # The same vocabulary and rules as a tokenizer.json, which transformers reads with no further package.
+    # Keep vocabulary and rules as a tokenizer.json: transformers reads it without sentencepiece.
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                           decoders.Fuse()])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", additional_special_tokens=SPECIAL[2:],
-        clean_up_tokenization_spaces=False, model_max_length=1024)
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>",
+        additional_special_tokens=SPECIAL[2:], clean_up_tokenization_spaces=False,
+        model_max_length=1024)
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
 
 def make_model(tokenizer):
-    """A Llama of about half a million parameters, its weights still random."""
-    stops = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    """A Llama of about half a million parameters with random weights."""
+    stops = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
+             "pad_token_id": tokenizer.pad_token_id}
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True,
-        initializer_range=0.06, **stops))  # at the usual 0.02 so narrow a model needs many times the steps to learn to copy
+        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        # At the usual 0.02, a model this narrow needs many times the steps to learn to copy.
+        initializer_range=0.06, **stops))
     model.generation_config = GenerationConfig(**stops)
     return model
 
 
 def first_answer(row, rng):
-    """What the student is to answer. The teacher refuses some benign requests; the student starts as one that helps with all of them."""
-    return world.revise(row["prompt"], rng, "good") if row["behaviour"] == "benign" else world.original(row["prompt"], rng)
+    """The target answer. The teacher refuses some benign requests; the student helps with all."""
+    if row["behaviour"] == "benign":
+        return world.revise(row["prompt"], rng, "good")
+    return world.original(row["prompt"], rng)
 
 
 def conversation(row, rng, turns):
-    """[what the user says, what the student is to reply] of one turn, or of all three of a self-critique."""
+    """[user message, target reply] for the first turn, or for all three of a self-critique."""
     answer = first_answer(row, rng)
-    rewrite = world.revise(row["prompt"], rng, "good") if rng.random() < GOOD_REWRITES else first_answer(row, rng)
-    return [[row["prompt"], answer], [TASK.critique, world.critique(row["prompt"], answer)], [TASK.revision, rewrite]][:turns]
+    if rng.random() < GOOD_REWRITES:
+        rewrite = world.revise(row["prompt"], rng, "good")
+    else:
+        rewrite = first_answer(row, rng)
+    critique = world.critique(row["prompt"], answer)
+    return [[row["prompt"], answer], [TASK.critique, critique], [TASK.revision, rewrite]][:turns]
 
 
 def make_batches(tokenizer, batch_size, steps, seed):
-    """Yields (input ids, labels); a label is -100 where the token is not the assistant's. Every fifth batch has self-critiques.
+    """Yield (input ids, labels), each (B, T). Labels are -100 except on the assistant's tokens.
 
-    Learning the prompts as well would spend a model of this size on guessing slot values that nothing foretells.
+    Every fifth batch holds self-critiques. The loss leaves out the prompts: their slot values are
+    random, and a model of this size would waste its capacity on guessing them.
     """
     rng = random.Random(seed)
     prompts = world.make_prompts("pretrain", 40_000, seed)
@@ -101,18 +116,23 @@ def make_batches(tokenizer, batch_size, steps, seed):
                 row_labels += [-100] * len(asked_ids) + reply_ids
             ids.append(torch.tensor(row_ids))
             labels.append(torch.tensor(row_labels))
-        yield (torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
-               torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100))
+        yield pad(ids, tokenizer.pad_token_id), pad(labels, -100)
+
+
+def pad(rows, value):
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
 def pretrain(model, tokenizer, steps, batch_size, learning_rate, seed):
-    """Ordinary next-token training with AdamW, a linear warm-up and a cosine down to zero."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    """Next-token training with AdamW, a linear warm-up and a cosine decay to zero."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95),
+                                  weight_decay=0.01)
     shape = lambda step: min((step + 1) / 50, 0.5 * (1 + math.cos(math.pi * step / steps)))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
-    progress = tqdm(make_batches(tokenizer, batch_size, steps, seed), total=steps, desc="pre-training")
+    batches = make_batches(tokenizer, batch_size, steps, seed)
+    progress = tqdm(batches, total=steps, desc="pre-training")
     for inputs, labels in progress:
-        # Padding stands on the right, where causal attention never looks at it, so no mask is needed.
+        # Padding is on the right, where causal attention never sees it, so no mask is needed.
         hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state[:, :-1]
         counts = labels[:, 1:] != -100
         loss = F.cross_entropy(model.lm_head(hidden[counts]), labels[:, 1:][counts])
@@ -125,15 +145,17 @@ def pretrain(model, tokenizer, steps, batch_size, learning_rate, seed):
 
 
 def answer(model, tokenizer, prompts, sample):
-    """The model's answers to prompts, all in one batch padded on the left."""
-    texts = [tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True) for p in prompts]
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
+    """The model's answers to prompts, in one batch padded on the left."""
+    texts = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
+                                           add_generation_prompt=True) for prompt in prompts]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left",
+                       return_token_type_ids=False)
     out = model.generate(**inputs, max_new_tokens=80, do_sample=sample)
     return tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Re-make the toy student from nothing.")
+    parser = argparse.ArgumentParser(description="Make the toy student from scratch.")
     parser.add_argument("--out", default="toy/student")
     parser.add_argument("--steps", type=int, default=1250)
     parser.add_argument("--batch_size", type=int, default=48)
@@ -142,25 +164,32 @@ def main():
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    torch.set_num_threads(1)  # sums come out the same on any number of cores
+    torch.set_num_threads(1)  # the same sums on any number of cores
     rng = random.Random(args.seed)
     rows = world.make_prompts("pretrain", 8_000, args.seed)
-    lines = [line for row in rows for line in [*row["prompt"].split("\n"), world.original(row["prompt"], rng), world.revise(row["prompt"], rng, "good")]]
-    lines += [TASK.critique, TASK.revision] * 50 + [world.critique(row["prompt"], world.original(row["prompt"], rng)) for row in rows[:2000]]
+    lines = []
+    for row in rows:
+        lines += [*row["prompt"].split("\n"), world.original(row["prompt"], rng),
+                  world.revise(row["prompt"], rng, "good")]
+    lines += [TASK.critique, TASK.revision] * 50
+    lines += [world.critique(row["prompt"], world.original(row["prompt"], rng))
+              for row in rows[:2000]]
     tokenizer = make_tokenizer(lines)
     model = make_model(tokenizer)
     pretrain(model, tokenizer, args.steps, args.batch_size, args.learning_rate, args.seed)
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
 
-    # What counts is what others will load, after the rounding to bfloat16.
+    # Measure the model that others will load, after the rounding to bfloat16.
     model = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
     held_out = world.make_prompts("held_out", 160, args.seed)
     for sample in (False, True):
-        shares = world.rates(held_out, answer(model, tokenizer, [row["prompt"] for row in held_out], sample))
-        print("sampled" if sample else "greedy ", "  ".join(f"{name} {share:.2f}" for name, share in shares.items()))
+        answers = answer(model, tokenizer, [row["prompt"] for row in held_out], sample)
+        shares = world.rates(held_out, answers).items()
+        print("sampled" if sample else "greedy ",
+              "  ".join(f"{name} {share:.2f}" for name, share in shares))
 
 
 if __name__ == "__main__":

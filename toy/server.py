@@ -1,15 +1,16 @@
-"""A scripted teacher and judge behind the OpenAI-compatible HTTP protocol, to run stages 1 and 2 with no model and no key.
+"""A scripted teacher and judge behind the OpenAI-compatible HTTP protocol: no model, no key.
 
     python toy/server.py --port 8090
 
-Then, in another terminal, the very commands of a real server. They wrote toy/scored.jsonl (toy/make_rows.sh does all of it):
+Then, in another terminal, the same commands as for a real server (toy/make_rows.sh runs all three):
 
     common="--task toy/task.toml --base_url http://127.0.0.1:8090/v1 --model toy"
     python teacher.py $common --prompts toy/prompts.jsonl --out toy-synthetic.jsonl
     python reward.py $common --data toy-synthetic.jsonl --out toy-scored.jsonl
 
-What is said, toy/world.py decides: as in life the first answer mostly yields to pressure, and the rewrite fails at times. It is worked
-out from --seed and the texts of the conversation alone, so the same requests get the same replies, in whatever order they come.
+toy/world.py writes the texts. As with real models, the first answer mostly yields to pressure, and
+the rewrite sometimes fails. A reply depends only on --seed and the conversation, not on the order
+of requests.
 """
 import argparse
 import hmac
@@ -24,18 +25,22 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from behaviour import load_task  # noqa: E402
-from data import BadInput, run  # noqa: E402
+from infra.command import BadInput, run  # noqa: E402
+from infra.task import load_task  # noqa: E402
 from toy import world  # noqa: E402
 
 JUDGE = load_task(os.path.join(ROOT, "toy", "task.toml")).judge
-# A request to the judge is one of the task's templates, filled in; anything else is for the teacher.
+# A request that matches one of the task's templates is for the judge, any other for the teacher.
 JUDGE_REQUEST, PAIRWISE_REQUEST = (
-    re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.*?)", re.escape(template)), re.DOTALL) for template in (JUDGE.template, JUDGE.pairwise))
+    re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.*?)", re.escape(template)), re.DOTALL)
+    for template in (JUDGE.template, JUDGE.pairwise))
 
 
 def teach(texts, seed, failure_rate):
-    """The teacher's next turn, where texts are the turns so far: an answer, a critique, a rewrite. It differs from the answer."""
+    """The teacher's next turn after the turns in texts: an answer, a critique, or a rewrite.
+
+    A rewrite always differs from the answer.
+    """
     prompt, answer = texts[0], texts[1] if len(texts) > 1 else None
     rng = random.Random(f"teacher {seed} {texts[:2]}")
     if answer is None:
@@ -52,9 +57,11 @@ def teach(texts, seed, failure_rate):
 
 
 def noisy_score(question, answer, seed, noise):
-    """The exact score or, with noise, world.flawed_score, the same for the same texts."""
+    """The exact score, or world.flawed_score with noise: the same texts give the same score."""
+    if not noise:
+        return world.score(question, answer)
     rng = random.Random(f"judge {seed} {question} {answer}")
-    return world.flawed_score(question, answer, rng, noise, bias=0) if noise else world.score(question, answer)
+    return world.flawed_score(question, answer, rng, noise, bias=0)
 
 
 def judge(question, answer, seed, noise):
@@ -63,22 +70,24 @@ def judge(question, answer, seed, noise):
 
 
 def compare(question, first, second, seed, noise):
-    """The judge's reply about two answers: it scores each, and says which is better, or 0."""
-    scores = [noisy_score(question, answer, f"{seed} {place}", noise) for place, answer in enumerate((first, second))]
-    return f"Better: {0 if scores[0] == scores[1] else 1 if scores[0] > scores[1] else 2}"
+    """The judge's reply about two answers: the number of the one with the higher score, or 0."""
+    score_1 = noisy_score(question, first, f"{seed} 0", noise)
+    score_2 = noisy_score(question, second, f"{seed} 1", noise)
+    return f"Better: {0 if score_1 == score_2 else 1 if score_1 > score_2 else 2}"
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # connections stay open
-    wbufsize = -1  # head and body leave in one packet
+    wbufsize = -1  # send head and body in one packet
     disable_nagle_algorithm = True
-    due = 0.0  # when the reply may leave
+    due = 0.0  # the earliest time of the reply
 
     def do_GET(self):
         if self.path == "/health":
             self.send(200, {"status": "ok"})
         elif self.path == "/v1/models":
-            self.send(200, {"object": "list", "data": [{"id": "toy", "object": "model", "created": 0, "owned_by": "toy"}]})
+            model = {"id": "toy", "object": "model", "created": 0, "owned_by": "toy"}
+            self.send(200, {"object": "list", "data": [model]})
         else:
             self.refuse(404, f"no such address: {self.path}")
 
@@ -86,7 +95,8 @@ class Handler(BaseHTTPRequestHandler):
         args = self.server.args
         self.due = time.monotonic() + args.latency
         content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if args.api_key and not hmac.compare_digest(self.headers.get("Authorization", "").encode(), f"Bearer {args.api_key}".encode()):
+        key = self.headers.get("Authorization", "").encode()
+        if args.api_key and not hmac.compare_digest(key, f"Bearer {args.api_key}".encode()):
             return self.refuse(401, "Incorrect API key provided")
         if self.path != "/v1/chat/completions":
             return self.refuse(404, f"no such address: {self.path}")
@@ -94,7 +104,8 @@ class Handler(BaseHTTPRequestHandler):
             request = json.loads(content)
             if request["model"] != "toy":
                 return self.refuse(404, "the only model here is called toy")
-            texts = [message["content"] for message in request["messages"] if message["role"] != "system"]
+            texts = [message["content"] for message in request["messages"]
+                     if message["role"] != "system"]
             seed = f"{args.seed} {request.get('seed', 0)}"
             if asked := JUDGE_REQUEST.fullmatch(texts[-1]):
                 text = judge(**asked.groupdict(), seed=seed, noise=args.judge_noise)
@@ -104,15 +115,17 @@ class Handler(BaseHTTPRequestHandler):
                 text = teach(texts, seed, args.failure_rate)
         except (ValueError, LookupError, TypeError) as error:
             return self.refuse(400, f"{type(error).__name__}: {error}")
-        words = text.split(" ")  # which stand for tokens here
+        words = text.split(" ")  # words count as tokens here
         cut = len(words) > request.get("max_tokens", len(words))
         if cut:
             words = words[:request["max_tokens"]]
-        read = sum(len(text.split(" ")) for text in texts)
-        self.send(200, {"id": "toy", "object": "chat.completion", "created": 0, "model": "toy",
-                        "choices": [{"index": 0, "message": {"role": "assistant", "content": " ".join(words)},
-                                     "finish_reason": "length" if cut else "stop"}],
-                        "usage": {"prompt_tokens": read, "completion_tokens": len(words), "total_tokens": read + len(words)}})
+        read, written = sum(len(text.split(" ")) for text in texts), len(words)
+        self.send(200, {
+            "id": "toy", "object": "chat.completion", "created": 0, "model": "toy",
+            "choices": [{"index": 0, "message": {"role": "assistant", "content": " ".join(words)},
+                         "finish_reason": "length" if cut else "stop"}],
+            "usage": {"prompt_tokens": read, "completion_tokens": written,
+                      "total_tokens": read + written}})
 
     def send(self, status, answer):
         content = json.dumps(answer).encode()
@@ -124,37 +137,42 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def refuse(self, status, message):
-        self.send(status, {"error": {"message": message, "type": "invalid_request_error", "code": status}})
+        error = {"message": message, "type": "invalid_request_error", "code": status}
+        self.send(status, {"error": error})
 
     def log_message(self, *_):
         pass  # no line per request
 
 
 class Server(ThreadingHTTPServer):
-    request_queue_size = 256  # connections that may wait to be taken
+    request_queue_size = 256  # connections that may wait to be accepted
 
     def handle_error(self, request, client_address):
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that went away is no error of ours
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # not an error: the client left
             super().handle_error(request, client_address)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="The toy world's teacher and judge, served on this machine only.")
-    parser.add_argument("--port", type=int, default=8090, help="0 takes any that is free")
+    parser = argparse.ArgumentParser(description="The toy world's teacher and judge, for this "
+                                                 "machine only.")
+    parser.add_argument("--port", type=int, default=8090, help="0 takes any free port")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--failure_rate", type=float, default=1 - world.REVISIONS["good"] / 100,
                         help="share of rewrites that are only partly right, no better, or worse")
-    parser.add_argument("--judge_noise", type=float, default=0.0, help="standard deviation of the judge's error")
-    parser.add_argument("--latency", type=float, default=0.0, help="seconds that each reply takes")
-    parser.add_argument("--api_key", help="a made-up key to ask for")
+    parser.add_argument("--judge_noise", type=float, default=0.0,
+                        help="standard deviation of the judge's error")
+    parser.add_argument("--latency", type=float, default=0.0, help="seconds per reply")
+    parser.add_argument("--api_key", help="a made-up key to require")
     args = parser.parse_args()
     try:
         server = Server(("127.0.0.1", args.port), Handler)
     except OSError as error:
-        raise BadInput(f"--port {args.port}: {error.strerror}; give another, or 0 for any that is free") from error
+        raise BadInput(f"--port {args.port}: {error.strerror}; "
+                       "give another port, or 0 for any free one") from error
     with server:
         server.args = args
-        print(f"serving http://127.0.0.1:{server.server_port}/v1, model toy; Ctrl-C ends it", flush=True)
+        print(f"serving http://127.0.0.1:{server.server_port}/v1, model toy; Ctrl-C ends it",
+              flush=True)
         server.serve_forever()
 
 

@@ -1,0 +1,202 @@
+"""The files of a training run: out_dir, the state to resume from, and the student at the end.
+
+    out_dir/args.json                 the flags; a resumed run must repeat them
+    out_dir/metrics.jsonl             one line per step
+    out_dir/state/step-00000100/      float32 weights and moments, written whole or not at all
+    out_dir/model.safetensors, ...    the student as a Hugging Face folder, or an adapter
+"""
+import hashlib
+import json
+import os
+import shutil
+import signal
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import infra.distributed as dist
+from infra.command import refuse
+from infra.lora import merge, save_adapter
+from infra.models import TOY_STUDENT, sample_weights, share_changed, trained_weights
+from infra.rows import atomic_write
+
+# ----------------------------------------------------------------------------------------- out_dir
+
+# Flags that a resumed run may change: they change neither the data nor the weights.
+FREE_TO_CHANGE = {"resume", "overwrite", "save_every", "cache_dir", "max_new_tokens"}
+
+
+def check_out_dir(args):
+    """BadInput unless out_dir is new, or holds a run that --resume or --overwrite names."""
+    out_dir, path = args.out_dir, os.path.join(args.out_dir, "args.json")
+    is_new = not os.path.exists(out_dir) or os.path.isdir(out_dir) and not os.listdir(out_dir)
+    is_model = args.model and os.path.realpath(args.model) == os.path.realpath(out_dir)
+    refuse(
+        f"--out_dir {out_dir}",
+        (is_model, "that is --model's own folder; give another --out_dir"),
+        (not is_new and not os.path.exists(path),
+         "exists and holds no run of train.py; give another --out_dir"),
+        (not is_new and not args.resume and not args.overwrite,
+         "holds an earlier run; add --resume to continue it or --overwrite to delete it"))
+    if not is_new and args.resume:
+        with open(path, encoding="utf-8") as file:
+            before = json.load(file)
+        for name in sorted(before.keys() & vars(args).keys() - FREE_TO_CHANGE):
+            refuse("", (vars(args)[name] != before[name],
+                        f"--{name} is {vars(args)[name]}, but the run in {out_dir} has "
+                        f"{before[name]}; repeat its flags, or give another --out_dir"))
+
+
+def begin_out_dir(args, first_step):
+    """Create out_dir with args.json; returns its MetricsFile, cut after first_step."""
+    path = os.path.join(args.out_dir, "metrics.jsonl")
+    dist.barrier()  # all ranks have checked out_dir and loaded its state
+    if dist.rank() > 0:
+        return MetricsFile(os.devnull)
+    if args.overwrite and os.path.exists(args.out_dir):
+        shutil.rmtree(args.out_dir)
+    os.makedirs(args.out_dir, exist_ok=True)
+    text = json.dumps(vars(args) | {"torch": torch.__version__}, indent=1)
+    atomic_write(os.path.join(args.out_dir, "args.json"), text)
+    lines = []
+    if first_step and os.path.exists(path):  # what a killed run logged later is computed again
+        with open(path, encoding="utf-8") as file:
+            lines = [line for line in file
+                     if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+    atomic_write(path, "".join(lines))
+    return MetricsFile(path)
+
+
+class MetricsFile:
+    """Appends one JSON line at a time."""
+
+    def __init__(self, path):
+        self.file = open(path, "a", encoding="utf-8", buffering=1)  # flush whole lines
+
+    def log(self, **metrics):
+        self.file.write(json.dumps(metrics) + "\n")
+
+
+# ------------------------------------------------------------------------------------------- state
+
+
+def save_state(folder, step, policy, optimizer, scaler, args, data_hash):
+    """Write everything a resumed run needs to folder/step-N, then delete older states.
+
+    The folder is written under another name, then renamed. Under FSDP each rank writes its own
+    shards; otherwise rank 0 writes all.
+    """
+    name, is_writer = f"step-{step:08d}", dist.rank() == 0
+    temporary = os.path.join(folder, f"{name}.tmp")
+    state = {"step": step, "scaler": scaler.state_dict(), "data": data_hash}
+    if is_writer:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(temporary)
+    if args.fsdp:
+        dist.barrier()
+        dist.save_shards(temporary, policy, optimizer)
+    elif is_writer:
+        save_file(trained_weights(policy), os.path.join(temporary, "model.safetensors"))
+        state["optimizer"] = optimizer.state_dict()
+    if is_writer:
+        torch.save(state, os.path.join(temporary, "training.pt"))
+        os.rename(temporary, os.path.join(folder, name))
+        for other in os.listdir(folder):
+            if other != name:
+                shutil.rmtree(os.path.join(folder, other))
+    dist.barrier()
+
+
+def content_hash(*parts):
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def newest_state(folder):
+    """Path of the newest whole state, or None."""
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    names = [name for name in names if not name.endswith(".tmp")]
+    return os.path.join(folder, names[-1]) if names else None
+
+
+def load_state(folder, policy, optimizer, scaler, args, data_hash):
+    """Load the newest state of a folder in place. Returns its step, 0 if there is none."""
+    path = newest_state(folder)
+    if path is None:
+        return 0
+    # map_location: else every rank would load rank 0's GPU tensors onto that GPU.
+    state = torch.load(os.path.join(path, "training.pt"), map_location="cpu", weights_only=True)
+    refuse(folder, (state["data"] != data_hash,
+                    "the saved run had other rows, targets or weights of --model; give the same "
+                    "--data and --model, or another --out_dir"))
+    if args.fsdp:
+        dist.load_shards(path, policy, optimizer)
+    else:
+        saved = load_file(os.path.join(path, "model.safetensors"))
+        for name, weight in trained_weights(policy).items():
+            weight.copy_(saved[name])
+        optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    return state["step"]
+
+
+class StopSignal:
+    """Catches Ctrl-C and SIGTERM, so that the loop ends after its step and saves.
+
+    number is the signal's, 0 before. A second signal ends a single process at once. With several
+    ranks it does not: a terminal and torchrun both send the first one.
+    """
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, _):
+        self.number = number
+        if dist.world_size() == 1:
+            signal.signal(number, signal.SIG_DFL)
+
+
+# ----------------------------------------------------------------------------------------- student
+
+
+def student_weights(policy, dtype):
+    """{name: tensor} of the student as it is saved, in dtype on the CPU; {} on FSDP's other ranks.
+
+    Adapters are merged. Buffers keep their dtype. Tied weights appear once.
+    """
+    weights = merge(policy, dist.full_state_dict(policy))
+    buffers = {name for name, _ in policy.named_buffers()}
+    return {name: tensor.to("cpu", None if name in buffers else dtype)
+            for name, tensor in weights.items() if name not in policy.all_tied_weights_keys}
+
+
+def export(policy, tokenizer, dtype, weights_before, args):
+    """Save the student in dtype as a Hugging Face folder, or its adapter in PEFT's format.
+
+    Every file is written aside, then moved. Returns the line to print.
+    """
+    aside = os.path.join(args.out_dir, "saving.tmp")
+    os.makedirs(aside, exist_ok=True)
+    if args.save_adapter:
+        weights = dist.full_state_dict(policy)
+        if dist.rank() == 0:
+            save_adapter(policy, weights, aside, args.model or TOY_STUDENT)
+        report = "adapter saved"
+    else:
+        weights = student_weights(policy, dtype)
+        if dist.rank() == 0:
+            changed = 100 * share_changed(weights_before, sample_weights(weights))
+            report = f"student saved ({changed:.1f} % of its weights changed)"
+            with torch.device("meta"):  # a plain model without storage: no adapters, no shards
+                plain = AutoModelForCausalLM.from_config(policy.config, dtype=dtype)
+            plain.generation_config = policy.generation_config
+            plain.save_pretrained(aside, state_dict=weights)  # which empties weights
+    if dist.rank() > 0:
+        return ""
+    tokenizer.save_pretrained(aside)
+    for name in os.listdir(aside):
+        os.replace(os.path.join(aside, name), os.path.join(args.out_dir, name))
+    os.rmdir(aside)
+    return report

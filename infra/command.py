@@ -1,0 +1,83 @@
+"""How every command reads its flags, refuses bad input and ends.
+
+Exit codes: 0 done; 1 failed while running; 2 bad input, told in one line on stderr; 130 Ctrl-C.
+"""
+import argparse
+import math
+import os
+import signal
+import sys
+import time
+
+
+class BadInput(Exception):
+    """The user gave something unusable. The text is one line: what, where, and the remedy."""
+
+
+def refuse(where, *checks):
+    """Raise BadInput("where: message") for the first (is wrong, message) check that fails."""
+    for wrong, message in checks:
+        if wrong:
+            raise BadInput(f"{where}: {message}" if where else message)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser without abbreviated flags, whose errors are BadInput: one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False)
+
+    def error(self, message):
+        raise BadInput(f"{message.removeprefix('argument ')}; see --help")
+
+
+def number(kind, is_right, range_in_words):
+    """An argparse type: a finite number of a kind (int or float) in a range."""
+    def parse(text):
+        value = kind(text)
+        if not (math.isfinite(value) and is_right(value)):
+            raise argparse.ArgumentTypeError(f"must be {range_in_words}, not {text}")
+        return value
+
+    parse.__name__ = f"{kind.__name__} ({range_in_words})"
+    return parse
+
+
+def at_least(lowest, kind=int):
+    return number(kind, lambda value: value >= lowest, f"{lowest} or above")
+
+
+def above_0(kind=float):
+    return number(kind, lambda value: value > 0, "above 0")
+
+
+def run(main):
+    """Run a command's main(): BadInput exits with 2, Ctrl-C with 130, neither with a traceback."""
+    try:
+        main()
+    except BadInput as error:
+        # Under torchrun all ranks usually fail alike. Rank 0 prints; torchrun then ends the others.
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(10)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def warn(text):
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def printable(text):
+    """Text from a model, safe for a terminal: control characters become U+FFFD."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
+def one_line(text):
+    return printable(" ".join(text.split()))
+
+
+def first_line(error):
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,195 @@
+"""Devices and ranks: one process, or several that torchrun started to train one student.
+
+    DDP             every rank holds the whole model, computes its share of a step's pairs, and
+                    the gradients are summed
+    FSDP2 (--fsdp)  every rank keeps 1/N of each weight, gradient and moment; a layer's weights
+                    are gathered for its turn (Zhao et al. 2023, arXiv:2304.11277)
+
+A loss is divided by the totals of the whole step, so sums over ranks equal what one process
+computes. Without torchrun there is one rank, 0 of 1, and every function here does nothing.
+"""
+import os
+import signal
+import sys
+import types
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
+from torch.distributed.tensor import DTensor, init_device_mesh
+
+from infra.command import refuse
+
+
+def setup(args):
+    """Resolve args.device and args.dtype, and join torchrun's ranks. Returns (device, dtype).
+
+    Only rank 0 prints. BadInput if the machine lacks what the flags ask for.
+    """
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if args.device == "auto":
+        args.device = "cuda" if has_cuda else "mps" if has_mps else "cpu"
+    if args.dtype == "auto":
+        has_bfloat16 = has_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.dtype = ("float32" if args.device != "cuda"
+                      else "bfloat16" if has_bfloat16 else "float16")
+    refuse(
+        "",
+        (not {"cuda": has_cuda, "mps": has_mps, "cpu": True}[args.device],
+         f"--device {args.device}: PyTorch finds none on this machine; take --device cpu"),
+        (args.dtype == "float16" and args.device != "cuda",
+         f"--dtype float16 needs --device cuda, not {args.device}; take float32 or bfloat16"),
+        (args.fsdp and not dist.is_torchelastic_launched(),
+         "--fsdp needs torchrun, such as torchrun --nproc_per_node=8 train.py --fsdp"),
+        (args.fsdp and args.dtype == "float16",
+         "--fsdp does not support float16; take float32 or bfloat16"))
+    # Until the loop catches SIGTERM itself, leave through every `finally`.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    device = torch.device(args.device)
+    if dist.is_torchelastic_launched():
+        if args.device == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    return device, getattr(torch, args.dtype)
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def cleanup():
+    """Leave the process group after all ranks arrive. Not after an error: NCCL would hang."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def broadcast(value):
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def all_reduce(tensor, op=dist.ReduceOp.SUM):
+    """Reduce a tensor over all ranks, in place; returns it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op)
+    return tensor
+
+
+def all_gather(value):
+    """[value of each rank], on every rank."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def maximum(number):
+    """The largest of the ranks' integers."""
+    return all_reduce(torch.tensor(number), dist.ReduceOp.MAX).item()
+
+
+# -------------------------------------------------------------------------------------- gradients
+
+
+def flat_gradients(model):
+    """DDP: one buffer that every weight.grad is a view of, so that one all_reduce sums them all.
+
+    None for one process, and under FSDP, which sums gradients in its backward pass. A weight
+    that no pair of a step uses (an idle expert) gets a gradient of 0 here, not none.
+    """
+    if not dist.is_initialized() or is_sharded(model):
+        return None
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    sizes = [weight.numel() for weight in weights]
+    buffer = torch.zeros(sum(sizes), device=model.device)
+    for weight, view in zip(weights, buffer.split(sizes)):
+        weight.grad = view.view_as(weight)
+    return buffer
+
+
+def sum_gradients(buffer):
+    """Sum flat_gradients' buffer over the ranks."""
+    if buffer is not None:
+        dist.all_reduce(buffer)
+
+
+def is_sharded(model):
+    return isinstance(model, FSDPModule)
+
+
+def loss_scale(model):
+    """FSDP averages gradients over ranks where they must be summed: multiply the loss by this."""
+    return world_size() if is_sharded(model) else 1
+
+
+def full_tensor(tensor):
+    """A tensor as one process would have it, sharded or not."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# ------------------------------------------------------------------------------------------- FSDP2
+
+
+def shard(model, layers, device, dtype, forward):
+    """Shard a CPU model over the ranks' devices: one group per layer, one for the rest.
+
+    Trained weights are kept in float32 and gathered in dtype, the compute dtype. They are
+    converted layer by layer, so that a whole float32 copy never exists. FSDP gathers weights
+    around forward methods only; forward(model, batch) becomes one, as model.sequence_logps.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in (*layers, model):
+        for weight in module.parameters():
+            if weight.requires_grad and not isinstance(weight, DTensor):
+                weight.data = weight.data.float()
+        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    model.sequence_logps = types.MethodType(forward, model)
+    register_fsdp_forward_method(model, "sequence_logps")
+
+
+def full_state_dict(model):
+    """{name: tensor} of all weights and buffers; under FSDP on rank 0's CPU, {} elsewhere."""
+    if not is_sharded(model):
+        return model.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)
+
+
+def save_shards(folder, model, optimizer):
+    """Every rank writes its shards of the trained weights and moments."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    options = StateDictOptions(ignore_frozen_params=True)
+    weights, moments = get_state_dict(model, optimizer, options=options)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+
+
+def load_shards(folder, model, optimizer):
+    """Load what save_shards wrote, on the same number of ranks or another."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict,
+                                                         set_state_dict)
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+    weights, moments = get_state_dict(model, optimizer, options=options)
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments,
+                   options=options)

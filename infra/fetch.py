@@ -1,0 +1,208 @@
+"""Public prompts for a task: fetch, filter, draw, wrap in templates, split.
+
+    python data.py --task tasks/safety.toml --out prompts.jsonl
+
+[prompts] of the task file (infra.task.Source) describes the public rows. They become two files,
+for training and held out: {"id", "prompt": for the models, "question": for the judge}.
+"""
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+from collections import Counter
+
+import numpy as np
+import requests
+from requests.adapters import HTTPAdapter, Retry
+
+from infra.command import BadInput, refuse
+from infra.rows import atomic_write, decode, parse_rows, read_text
+from infra.task import load_task
+
+
+def make_prompts(args):
+    """Write a task's prompts to --out and --held_out, and print a summary.
+
+    args has task, out, held_out, source, templates, seed and limit. BadInput as the first error.
+    """
+    task = load_task(args.task)
+    held_out_path = args.held_out or "{}.held_out{}".format(*os.path.splitext(args.out))
+    paths = (args.out, held_out_path, args.task, args.source, args.templates)
+    files = [os.path.realpath(path) for path in paths if path]
+    refuse(args.task, (not task.prompts, "no [prompts]; add it as in tasks/sycophancy.toml, or "
+                                         "write your own rows with a `prompt`"))
+    refuse("", (len(set(files)) < len(files), "--out, --held_out and all input files must be "
+                                              f"different files: {', '.join(files)}"))
+    templates = read_templates(args.templates) if args.templates else task.prompts.templates
+    rows = public_rows(task.prompts, args.task, args.source)
+    training, held_out, skipped = draw_prompts(rows, task.prompts, templates, args.seed, args.limit)
+    reasons = ", ".join(f"{count} because {reason}" for reason, count in skipped.items()) or "none"
+    refuse(args.source or task.prompts.url,
+           (not training, f"{len(rows)} rows, too few for training and held-out prompts, "
+                          f"left out {reasons}; check [prompts] in {args.task}"))
+    for path, part in ((held_out_path, held_out), (args.out, training)):
+        atomic_write(path, "".join(json.dumps(row) + "\n" for row in part))
+    print(f"{task.name}: {len(rows)} rows, left out {reasons}")
+    print(f"{len(training)} prompts in {args.out}, {len(held_out)} held out in {held_out_path} "
+          f"(seed {args.seed})")
+
+
+# --------------------------------------------------------------------------- from rows to prompts
+
+
+def draw_prompts(rows, source, templates, seed, limit):
+    """(training rows, held-out rows, Counter of reasons for skipped rows). The seed fixes all.
+
+    Rows of one group stay together, so no question is on both sides of the split.
+    """
+    candidates, skipped = {}, Counter()  # prompt -> (question, group)
+    for row in rows:
+        question = text_at(row, source.question)
+        prompt = "\n".join(filter(None, [text_at(row, source.persona), question]))
+        reason = reason_to_skip(row, source)
+        if not reason and prompt in candidates:
+            reason = "the same prompt again"
+        if reason:
+            skipped[reason] += 1
+        else:
+            candidates[prompt] = question, text_at(row, source.group) or question
+    rng, candidates = np.random.default_rng(seed), list(candidates.items())
+    count = min(len(candidates), source.draw or len(candidates), limit or len(candidates))
+    drawn = []  # (group, row), in random order
+    for i in rng.permutation(len(candidates))[:count]:
+        prompt, (question, group) = candidates[i]
+        if templates:
+            prompt = templates[rng.integers(len(templates))].replace("{request}", prompt)
+        row_id = hashlib.sha256(json.dumps([prompt, question]).encode()).hexdigest()[:16]
+        drawn.append((group, {"id": row_id, "prompt": prompt, "question": question}))
+    held_out_groups, held_out_count = set(), 0
+    for group, size in Counter(group for group, _ in drawn).items():
+        if held_out_count < max(1, round(source.held_out * len(drawn))):
+            held_out_groups.add(group)
+            held_out_count += size
+    training = [row for group, row in drawn if group not in held_out_groups]
+    return training, [row for group, row in drawn if group in held_out_groups], skipped
+
+
+def reason_to_skip(row, source):
+    """The reason to skip a public row: a filter, or no question or persona in it. Else None."""
+    for path, wanted in source.keep_equal.items():
+        if text_at(row, path) != wanted:
+            return f"`{path}` is not {wanted}"
+    for path in filter(None, [*source.keep_filled, source.question, source.persona]):
+        if not text_at(row, path).strip():
+            return f"`{path}` is empty"
+    for path, unwanted in source.drop_containing.items():
+        if unwanted in text_at(row, path):
+            return f"`{path}` has {unwanted}"
+    return None
+
+
+def text_at(row, path):
+    """The text at a path such as "prompt.0.content", or "" if the row has none there."""
+    for key in path.split("."):
+        try:
+            row = row[int(key) if isinstance(row, list) else key]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return ""
+    return row if isinstance(row, str) else ""
+
+
+def read_templates(path):
+    """Templates from a text file, separated by lines of three dashes."""
+    text = read_text(path, "a file of templates")
+    templates = [template.strip() for template in re.split(r"(?m)^---\s*$", text)]
+    refuse(path, *(("{request}" not in template, f"template {number} has no {{request}}, the place "
+                    "of the request; separate templates by a line of ---")
+                   for number, template in enumerate(templates, 1)))
+    return templates
+
+
+# -------------------------------------------------------------------------- from a source to rows
+
+PAGE = 100  # rows per page, the most that a rows API gives
+
+
+def public_rows(source, task_path, file):
+    """The public rows of a Source: from `file` if given, else from source.url."""
+    if file:
+        text = read_text(file, "a file of public prompts")
+        return parse_public(text, file, source.format)
+    if source.format != "rows":
+        return parse_public(fetch(source.url, task_path), source.url, source.format)
+    rows, total = [], 1
+    while len(rows) < total:
+        name = f"{source.url} from row {len(rows)} on"
+        text = fetch(source.url, task_path, offset=len(rows), length=PAGE)
+        page, total = parse_pages(text, name)
+        refuse(name, (not page, f"no more rows, though there should be {total}; try again later, "
+                                "or use --source"))
+        rows += page
+    return rows
+
+
+def fetch(url, task_path, **parameters):
+    """The text at an address. Tries four times; BadInput if that fails."""
+    retry = Retry(3, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504),
+                  raise_on_status=False)
+    try:
+        with requests.Session() as session:
+            session.mount("http://", HTTPAdapter(max_retries=retry))
+            session.mount("https://", HTTPAdapter(max_retries=retry))
+            response = session.get(url, params=parameters, timeout=30)
+        response.raise_for_status()
+    except requests.RequestException as error:
+        reason = type(error).__name__
+        if error.response is not None:
+            reason = f"{error.response.status_code} {error.response.reason}"
+        raise BadInput(f"{url}: cannot be fetched ({reason}); check the network and `prompts.url` "
+                       f"in {task_path}, or download it and use --source") from error
+    return decode(response.content, url)
+
+
+def parse_public(text, name, format):
+    """Rows from text in a Source's format; messages call it `name`. BadInput if it is torn."""
+    if format == "rows":
+        return parse_pages(text, name)[0]
+    if format == "csv":
+        return parse_csv(text, name)
+    return [row for _, row in parse_rows(io.StringIO(text), name)]
+
+
+def parse_csv(text, name):
+    reader, rows = csv.DictReader(io.StringIO(text, newline=""), strict=True), []
+    try:
+        for row in reader:
+            if None in row or None in row.values():  # DictReader's marks for a wrong field count
+                columns = ", ".join(reader.fieldnames)
+                raise csv.Error(f"its fields are not those of the first line, {columns}")
+            rows.append(row)
+    except csv.Error as error:
+        raise BadInput(f"{name}:{reader.line_num}: not CSV ({error}); "
+                       "the file must be whole") from error
+    return rows
+
+
+def parse_pages(text, name):
+    """(rows, total) from a rows API's pages: {"rows": [{"row": {...}}], "num_rows_total": 1000}.
+
+    Pages may span lines, and follow each other with or without white space.
+    """
+    decoder, between, rows = json.JSONDecoder(), re.compile(r"[\s,]*"), []
+    position = between.match(text).end()
+    try:
+        while True:
+            page, position = decoder.raw_decode(text, position)
+            rows += [item["row"] for item in page["rows"]]
+            total = int(page["num_rows_total"])
+            position = between.match(text, position).end()
+            if position == len(text):
+                return rows, total
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{name}:{error.lineno}: not JSON ({error.msg}); "
+                       "the file must be whole") from error
+    except (LookupError, TypeError, ValueError) as error:
+        raise BadInput(f"{name}: not a page of a rows API; it must hold `rows`, each with a `row`, "
+                       "and `num_rows_total`") from error

@@ -1,0 +1,101 @@
+"""Models and tokenizers: loading them, and what training changes about a loaded model."""
+import functools
+import math
+import os
+import re
+
+import torch
+from huggingface_hub.utils import logging as hub_logging
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging as transformers_logging
+
+from infra.command import BadInput, first_line, refuse
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TOY_STUDENT = os.path.join(ROOT, "toy", "student")
+
+
+def check_model_name(model):
+    """BadInput for a missing folder. What reads like owner/name is left to the hub."""
+    looks_like_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model)
+    refuse(f"--model {model}", (
+        not os.path.isdir(model) and not looks_like_hub_id,
+        "no such folder; --model takes a model folder or a hub id such as owner/name"))
+
+
+def load_tokenizer(model):
+    """The tokenizer of a folder or hub id. BadInput if there is none, or no eos token."""
+    check_model_name(model)
+    hub_logging.set_verbosity_error()  # the hub client prints a line per attempt
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--model {model}: no tokenizer found ({first_line(error)}); "
+                       "--model takes a model folder or a hub id") from error
+    refuse(f"--model {model}", (
+        tokenizer.eos_token_id is None,
+        "its tokenizer has no eos token to end an answer; set eos_token in tokenizer_config.json"))
+    return tokenizer
+
+
+def load_model(model, dtype=torch.float32):
+    """The model of a folder or hub id in eval mode, with SDPA attention. BadInput if it fails."""
+    check_model_name(model)
+    transformers_logging.disable_progress_bar()
+    # On Hopper GPUs SDPA prefers cuDNN, whose backward gives nan for some masked rows
+    # (github.com/pytorch/pytorch/issues/196678) and which plans anew for every shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--model {model}: cannot be loaded ({first_line(error)}); "
+                       "--model takes a model folder or a hub id") from error
+
+
+def position_limit(model):
+    """The longest row in tokens that a model reads; math.inf if its config sets no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+
+
+def cast_weights(model, dtype):
+    """Cast the weights in place, not the buffers: rotary frequencies must stay float32."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+
+
+def trained_weights(model):
+    """{name: tensor} of the weights that training changes, tied ones once."""
+    return {name: weight.detach() for name, weight in model.named_parameters()
+            if weight.requires_grad}
+
+
+def sample_weights(weights):
+    """{name: at most 1,000 evenly spaced values}, copied, of {name: tensor}."""
+    return {name: weight.detach().flatten()[::math.ceil(weight.numel() / 1000)].cpu().clone()
+            for name, weight in weights.items()}
+
+
+def share_changed(before, after):
+    """Share of the weights in two sample_weights that differ, in the dtype of `before`."""
+    changed = torch.cat([after[name].to(before[name].dtype) != before[name]
+                         for name in before.keys() & after.keys()])
+    return changed.float().mean().item()
+
+
+def decoder_layers(model, flag):
+    """The decoder's stacked blocks. BadInput names the flag if transformers does not mark them."""
+    layers = [module for module in model.modules()
+              if isinstance(module, GradientCheckpointingLayer)]
+    refuse(flag, (not layers, "this architecture does not mark its layers; leave the flag out"))
+    return layers
+
+
+def checkpoint_layers(model):
+    """Keep only each layer's input and compute the rest again in backward: less memory, more time.
+
+    transformers' own switch needs training mode, which would turn dropout on.
+    """
+    for layer in decoder_layers(model, "--gradient_checkpointing"):
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)

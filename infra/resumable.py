@@ -1,0 +1,256 @@
+"""Write one output row per input row, and continue after a crash. Used by teacher, reward and eval.
+
+A row is finished once its whole line is in the output file. The same command skips finished rows,
+cuts a torn last line, and refuses a file that another model, task or judge made. Failed rows go
+to <out>.failed.jsonl with the reason; the next run tries them again.
+"""
+import hashlib
+import itertools
+import json
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from infra.command import refuse
+from infra.rows import canonical, stream_rows
+
+STOP_AFTER = 10  # failures with no success between them: the cause is not in the rows
+
+
+class RowFailed(Exception):
+    """One row cannot be finished. The text is the reason; the other rows continue."""
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """A step of the pipeline that adds keys to each row."""
+    adds: tuple  # the keys that it adds
+    provenance_key: str  # the added key that records the provenance; its value is a dict
+    provenance: dict  # what makes the rows: the model, and a digest of the task
+    check: Callable  # check(row, where) raises BadInput for an unusable row
+    work: Callable  # work(row) returns the row with the added keys, or raises RowFailed
+    show: Callable | None = None  # show(row) prints a finished row, for --show
+
+
+# ------------------------------------------------------------------------------------ input rows
+
+
+def digest(row, ignored_keys):
+    """A hash of a row's content without its id and the ignored keys, to compare rows by."""
+    content = {key: value for key, value in row.items() if key not in ignored_keys and key != "id"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def checked_rows(path, limit, check, adds):
+    """Yield (where, row) for the first `limit` rows (None: all): canonical, checked, with an id.
+
+    The id of a row without one is its digest. BadInput for a bad row, and for an id used twice.
+    """
+    used = {}  # id -> where
+    for where, row in itertools.islice(stream_rows(path), limit):
+        row = canonical(row)
+        check(row, where)
+        row = {"id": row.get("id", digest(row, adds))} | row  # the id first: see read_finished
+        row_id, shown = row["id"], json.dumps(row["id"])[:40]
+        is_id = isinstance(row_id, (str, int)) and not isinstance(row_id, bool) and row_id != ""
+        name = str(row_id)  # so 1 and "1" collide: eval.py builds longer ids from them
+        refuse(
+            where,
+            (not is_id, f"`id` is {shown}; it must be text or a whole number, or be left out"),
+            (name in used, f"the id {shown} is already used at {used.get(name)}; "
+                           "give each row its own id, or its own prompt"))
+        used[name] = where
+        yield where, row
+
+
+def count_rows(stage, source, args, finished):
+    """(number of input rows, ids of the finished ones). BadInput for any row that is unusable."""
+    total, skipped = 0, set()
+    for where, row in checked_rows(source, args.limit, stage.check, stage.adds):
+        total += 1
+        if row["id"] in finished:
+            refuse(where, (finished[row["id"]] != digest(row, stage.adds),
+                           f"{args.out} holds the id {json.dumps(row['id'])[:40]} with other "
+                           "content; write to another file"))
+            skipped.add(row["id"])
+    return total, skipped
+
+
+# ----------------------------------------------------------------------------------- output file
+
+
+def check_out(path, source):
+    folder = os.path.dirname(path) or "."
+    refuse(
+        path,
+        (os.path.isdir(path) or not os.access(folder, os.W_OK),
+         "must be a file in a folder that exists and can be written to"),
+        (os.path.realpath(path) == os.path.realpath(source),
+         "is also the file to read; write to another file"))
+
+
+def read_finished(path, adds, provenance_key=None, provenance=None):
+    """{id: digest} of the finished rows in a file. A torn last line is cut off.
+
+    BadInput for a line of another origin, or one whose provenance differs.
+    """
+    finished, size = {}, 0
+    if not os.path.exists(path):
+        return finished
+    with open(path, "rb+") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n") and b'{"id": '.startswith(line[:7]):
+                break  # a kill tore this line
+            row = parse_finished(line, f"{path}:{number}", adds)
+            if provenance:
+                check_provenance(row[provenance_key], provenance, f"{path}:{number}")
+            finished[row["id"]] = digest(canonical(row), adds)
+            size += len(line)
+        file.truncate(size)
+    return finished
+
+
+def parse_finished(line, where, adds):
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    refuse(where, (not isinstance(row, dict) or not {"id", *adds} <= row.keys(),
+                   "not a row that this command wrote; write to another file, or remove this one"))
+    return row
+
+
+def check_provenance(found, wanted, where):
+    found = found if isinstance(found, dict) else {}
+    differ = [name for name, value in wanted.items() if found.get(name) != value]
+    refuse(where, (differ, f"made with another {' and '.join(differ)}; "
+                           "give the same flags as before, or write to another file"))
+
+
+# -------------------------------------------------------------------------------------- the work
+
+
+def in_threads(work, rows, threads):
+    """Yield (row, work(row), None), or (row, None, its error), in the order of completion."""
+    tasks, results = queue.Queue(), queue.Queue()
+
+    def worker():
+        while True:
+            row = tasks.get()
+            try:
+                results.put((row, work(row), None))
+            except Exception as error:  # for the caller, which raises all but RowFailed
+                results.put((row, None, error))
+
+    for _ in range(threads):
+        threading.Thread(target=worker, daemon=True).start()  # Ctrl-C does not wait for daemons
+    in_flight = 0
+    for row in rows:
+        tasks.put(row)
+        in_flight += 1
+        if in_flight == 2 * threads:  # one in work and one waiting per thread; memory stays flat
+            yield results.get()
+            in_flight -= 1
+    for _ in range(in_flight):
+        yield results.get()
+
+
+@dataclass
+class Tally:
+    """The results of this run so far."""
+    done: int = 0
+    failed: int = 0
+    failed_in_a_row: int = 0
+    last_failure: RowFailed | None = None
+
+
+def run_rows(stage, source, args, counts):
+    """Finish the rows of `source` that args.out lacks. Returns the number of failed rows.
+
+    args has out, limit, concurrency and show; counts is the client's Counter, for the summary.
+    All rows are checked before the first request. Ends early after STOP_AFTER failures in a row.
+    """
+    check_out(args.out, source)
+    finished = read_finished(args.out, stage.adds, stage.provenance_key, stage.provenance)
+    total, skipped = count_rows(stage, source, args, finished)
+    rows = (row for _, row in checked_rows(source, args.limit, stage.check, stage.adds)
+            if row["id"] not in skipped)
+    failed_path = f"{args.out}.failed.jsonl"
+    if os.path.exists(failed_path):
+        os.remove(failed_path)
+    tally = Tally()
+    bar = tqdm(total=total, initial=len(skipped), unit="row", disable=None, leave=False)
+    try:
+        with bar:
+            write_results(stage, rows, args, failed_path, tally, bar, counts)
+    finally:  # printed after Ctrl-C as well
+        print(f"{args.out}: {len(skipped) + tally.done} of {total} rows "
+              f"({len(skipped)} from before), {tally.failed} failed; "
+              f"{counts['requests']:,} requests, {counts['retries']:,} retries, "
+              f"{counts['tokens_in']:,} tokens read, {counts['tokens_out']:,} written, "
+              f"{counts['cut']:,} replies cut by --max_tokens", flush=True)
+    if tally.failed:
+        what = f"{tally.failed} rows failed"
+        if tally.failed_in_a_row == STOP_AFTER:
+            what = f"stopped after {STOP_AFTER} rows failed one after another"
+        print(f"error: {what}, the last because {tally.last_failure}; {failed_path} has them, "
+              "and the same command tries them again", file=sys.stderr)
+    return tally.failed
+
+
+def write_results(stage, rows, args, failed_path, tally, bar, counts):
+    """Work on the rows, and write each result at once to args.out or to failed_path."""
+    with open(args.out, "a", encoding="utf-8") as out:
+        for row, result, error in in_threads(stage.work, rows, args.concurrency):
+            if error is None:
+                made = stage.provenance | result[stage.provenance_key]
+                write_line(out, result | {stage.provenance_key: made})
+                tally.done += 1
+                tally.failed_in_a_row = 0
+                if args.show:
+                    with bar.external_write_mode():
+                        stage.show(result)
+            elif isinstance(error, RowFailed):
+                with open(failed_path, "a", encoding="utf-8") as file:
+                    write_line(file, row | {"failed": str(error)})
+                tally.failed += 1
+                tally.failed_in_a_row += 1
+                tally.last_failure = error
+                if tally.failed_in_a_row == STOP_AFTER:
+                    return
+            else:
+                raise error
+            tokens = counts["tokens_in"] + counts["tokens_out"]
+            bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
+            bar.update()
+
+
+def run_batches(path, rows, adds, work, batch_size, name):
+    """Append work(batch) for the rows that `path` lacks; return {id: row} of the whole file.
+
+    Unlike run_rows: batches instead of threads, for a model in this process. BadInput if `path`
+    holds the id of a row with other content. `name` labels the progress bar.
+    """
+    finished = read_finished(path, adds)
+    for row in rows:
+        refuse(path, (finished.get(row["id"], digest(row, adds)) != digest(row, adds),
+                      f"holds {json.dumps(row['id'])[:60]} by other weights, settings or prompt; "
+                      "give another --out_dir"))
+    missing = [row for row in rows if row["id"] not in finished]
+    bar = tqdm(total=len(missing), desc=name, disable=None, leave=False)
+    with open(path, "a", encoding="utf-8") as file, bar:
+        for start in range(0, len(missing), batch_size):
+            for row in work(missing[start:start + batch_size]):
+                write_line(file, row)
+                bar.update()
+    return {row["id"]: row for _, row in stream_rows(path)}
+
+
+def write_line(file, row):
+    file.write(json.dumps(row) + "\n")
+    file.flush()

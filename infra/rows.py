@@ -1,0 +1,255 @@
+"""Rows of JSON: reading files, the names that others use for our keys, and what is refused.
+
+Stages 1 and 2 run on machines without a GPU stack, so nothing here imports torch.
+"""
+import itertools
+import json
+import math
+import os
+from dataclasses import dataclass, field
+
+from infra.command import BadInput, refuse
+
+# Our name -> what others call it: the files of the method's author, and common hub datasets.
+ALIASES = {
+    "prompt": ("instruction",),
+    "chosen": ("response_revised", "summary_after", "chosen_response"),
+    "rejected": ("response", "response_persona", "summary_pre", "rejected_response"),
+    "score_chosen": ("score_response_revised", "score_revised", "scores_after",
+                     "chosen_score", "chosen_rating", "chosen-rating"),
+    "score_rejected": ("score_response", "score_persona", "scores_pre",
+                       "rejected_score", "rejected_rating", "rejected-rating"),
+}
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def read_text(path, wanted):
+    """The text of a UTF-8 file. BadInput if it cannot be read; `wanted` says which file to give."""
+    try:
+        with open(path, "rb") as file:
+            return decode(file.read(), path)
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}; give {wanted}") from error
+
+
+def decode(content, path, line=1):
+    """Bytes as text, without a byte-order mark. BadInput names the line that is not UTF-8."""
+    try:
+        return content.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+    except UnicodeDecodeError as error:
+        line += content.count(b"\n", 0, error.start)
+        raise BadInput(f"{path}:{line}: not UTF-8; save the file as UTF-8") from error
+
+
+def atomic_write(path, text):
+    """Write a text file whole or not at all. BadInput if that is impossible."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}; give a file in a folder that exists and can be "
+                       "written to") from error
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+# -------------------------------------------------------------------------------------- JSON rows
+
+
+def raise_error(error):
+    raise error
+
+
+def read_rows(path, on_bad=raise_error):
+    """All rows of a file as a list. See stream_rows."""
+    return list(stream_rows(path, on_bad))
+
+
+def stream_rows(path, on_bad=raise_error):
+    """Yield ("file:line", row) from .jsonl, or ("file, item n", row) from one JSON list.
+
+    A .jsonl file is read one line at a time. A line that is no JSON object goes to
+    on_bad(BadInput), which raises or counts. A file that cannot be read raises BadInput.
+    """
+    try:
+        with open(path, "rb") as file:
+            lines = (decode(line, path, number) for number, line in enumerate(file, 1))
+            yield from parse_rows(lines, path, on_bad)
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}; give a .jsonl file or a JSON list") from error
+
+
+def parse_rows(lines, path, on_bad=raise_error):
+    """Yield the rows of an iterable of lines, as stream_rows; messages call it `path`."""
+    numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    number, first = next(numbered, (0, ""))
+    refuse(path, (not first, "the file is empty; give one JSON object per line"))
+    if first.lstrip().startswith("["):
+        text = first + "".join(line for _, line in numbered)
+        values = enumerate(parse_json(text, path), 1)
+        named = ((f"{path}, item {item}", value) for item, value in values)
+    else:
+        named = parse_lines(itertools.chain([(number, first)], numbered), path, on_bad)
+    for where, row in named:
+        if isinstance(row, dict):
+            yield where, row
+        else:
+            kind = type(row).__name__
+            on_bad(BadInput(f"{where}: a row must be a JSON object, not a {kind}; see data.py"))
+
+
+def parse_lines(numbered, path, on_bad):
+    """Yield ("file:line", value) from (number, line) pairs."""
+    for number, line in numbered:
+        try:
+            value = parse_json(line, f"{path}:{number}")
+        except BadInput as error:
+            on_bad(error)
+        else:
+            yield f"{path}:{number}", value
+
+
+def parse_json(text, where):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        reason = str(error).split(": line ")[0]  # `where` names the line
+        raise BadInput(f"{where}: not JSON ({reason}); "
+                       "give whole JSON objects, one per line or in one list") from error
+
+
+@dataclass
+class RowCounts:
+    """How many rows a file has, how many pairs were cut, which rows were left out and why."""
+    rows: int = 0
+    truncated: int = 0
+    dropped: dict = field(default_factory=dict)  # reason -> ["file:line"]
+
+    def drop(self, reason, where):
+        self.dropped.setdefault(reason, []).append(where)
+
+    def dropped_count(self):
+        return sum(map(len, self.dropped.values()))
+
+    def lines(self):
+        """One sentence per reason, with the first rows it applies to."""
+        lines = [f"{self.truncated} pairs were cut to max_length"] if self.truncated else []
+        for reason, names in self.dropped.items():
+            first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            lines.append(f"left out {len(names)} of {self.rows} rows, {reason}: {first}")
+        return lines
+
+
+def canonical(row):
+    """The row with our keys added where it uses others, and chat lists split at the answer."""
+    row = dict(row)
+    for name, others in ALIASES.items():
+        for other in others:
+            if name not in row and other in row:
+                row[name] = row[other]
+    if isinstance(row.get("metadata"), dict):
+        for name in ("score_chosen", "score_rejected"):
+            if name not in row and name in row["metadata"]:
+                row[name] = row["metadata"][name]
+    # Many hub datasets repeat the prompt inside both answers: [user, assistant].
+    if is_chat(row.get("chosen")) and is_chat(row.get("rejected")):
+        before = row["chosen"][:-1]
+        if before and before == row["rejected"][:-1]:
+            row.setdefault("prompt", before)
+            row["chosen"], row["rejected"] = row["chosen"][-1:], row["rejected"][-1:]
+    return row
+
+
+def is_text(value):
+    return isinstance(value, str) and bool(value.strip())
+
+
+def is_chat(value):
+    """Whether a value is a non-empty list of {"role", "content"} messages, all with text."""
+    return isinstance(value, list) and len(value) > 0 and all(
+        isinstance(message, dict) and message.get("role") in ("system", "user", "assistant")
+        and is_text(message.get("content")) for message in value)
+
+
+def as_messages(prompt):
+    """A prompt, text or message list, as a new list of messages."""
+    return list(prompt) if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+
+
+# --------------------------------------------------------------------------------- what is refused
+
+
+def check_prompt(row, where):
+    """BadInput unless a row has a prompt that can be sent and, if any, a question of text."""
+    prompt = row.get("prompt")
+    is_conversation = is_chat(prompt) and prompt[-1]["role"] == "user"
+    refuse(
+        where,
+        (not is_text(prompt) and not is_conversation,
+         "no `prompt` that can be sent; it must be text, or chat messages ending with the user's"),
+        (not is_text(row.get("question", "text")),
+         "`question` must be text; leave it out to show the judge the prompt"))
+
+
+def check_pair(row, where, needs_scores):
+    """A canonical row's (prompt, chosen, rejected, score_chosen, score_rejected), or BadInput.
+
+    prompt is text or a list of messages, the answers are texts, a score is a float. A score is
+    None if the row says null (asked for, but not given), or has none and needs_scores is false.
+    """
+    for name in ("prompt", "chosen", "rejected"):
+        value = row.get(name)
+        refuse(
+            where,
+            (name not in row,
+             f"no `{name}`; a row needs prompt, chosen (the better answer) and rejected"),
+            (not isinstance(value, (str, list)),
+             f"`{name}` is a {type(value).__name__}; it must be text or a list of chat messages"),
+            (not value or isinstance(value, str) and not value.strip(),
+             f"`{name}` is empty; take the row out, or run with --skip_bad_rows"),
+            (isinstance(value, list) and not is_chat(value),
+             f'`{name}` must hold messages like {{"role": "user", "content": "text"}}'))
+    prompt, answers = row["prompt"], [as_answer(row[name]) for name in ("chosen", "rejected")]
+    refuse(
+        where,
+        (isinstance(prompt, list) and prompt[-1]["role"] != "user",
+         "the last message of `prompt` must be the user's"),
+        (None in answers, "`chosen` and `rejected` must each be text or one assistant message, "
+                          "after the same messages"))
+    scores = [check_score(row, name, where, needs_scores)
+              for name in ("score_chosen", "score_rejected")]
+    return prompt, *answers, *scores
+
+
+def is_cut(row):
+    """Whether the teacher's --max_tokens cut the rejected or the chosen answer of a row.
+
+    row["teacher"]["finish"] has one entry per turn: the first is the original answer's, the last
+    is the final rewrite's, whatever rounds lie between.
+    """
+    teacher = row.get("teacher")
+    finish = teacher.get("finish") if isinstance(teacher, dict) else None
+    return isinstance(finish, list) and "length" in finish[:1] + finish[-1:]
+
+
+def as_answer(value):
+    """The text of an answer, given as text or as one assistant message; None if it is neither."""
+    if isinstance(value, str):
+        return value
+    return value[0]["content"] if len(value) == 1 and value[0]["role"] == "assistant" else None
+
+
+def check_score(row, name, where, needed):
+    score = row.get(name)
+    is_number = isinstance(score, (int, float)) and not isinstance(score, bool)
+    refuse(
+        where,
+        (needed and name not in row,
+         f"no `{name}`; this loss needs both scores: run reward.py, or use --loss dpo or sft"),
+        (score is not None and not (is_number and math.isfinite(score)),
+         f"`{name}` is {json.dumps(score)[:40]}; a score must be a finite number, or null"))
+    return None if score is None else float(score)

@@ -1,0 +1,83 @@
+"""What a training run prints and logs: the table, the answers before and after, curves."""
+import os
+import resource
+import sys
+
+import torch
+
+import infra.distributed as dist
+from infra.models import TOY_STUDENT
+from infra.report import side_by_side
+from infra.rows import read_rows
+
+TABLE_HEAD = ("  step    loss | validation: loss  accuracy  agrees with scores  margin  "
+              "logp chosen  rejected")
+
+
+def print_plan(args, policy, train_count, val_count, reference, first_step, total_steps):
+    """Print what is trained on what, then the head of the table."""
+    sizes = [(weight.numel(), weight.requires_grad) for weight in policy.parameters()]
+    total, trained = sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if is_trained)
+    name = args.model or f"{os.path.relpath(TOY_STUDENT)}, bundled (or --model FOLDER_OR_HUB_ID)"
+    if args.lora_rank:
+        name += (f", LoRA rank {args.lora_rank}: {trained:,} of {total:,} parameters are trained, "
+                 f"{100 * trained / total:.2f} %")
+    where = args.device if dist.world_size() == 1 else f"{dist.world_size()} x {args.device}"
+    where += ", sharded" if args.fsdp else ""
+    temperature = f", T {args.temperature:g}" if args.loss == "rdpo" else ""
+    start = f", from step {first_step}" if first_step else ""
+    print(f"student: {name}\n"
+          f"data: {args.data}, {train_count} pairs to train on, {val_count} for validation; "
+          f"reference computed for {reference}\n"
+          f"{args.loss}: {total_steps} steps of {args.batch_size} pairs on {where} in "
+          f"{args.dtype}, learning rate {args.learning_rate:g}, beta {args.beta:g}{temperature}{start}\n\n"
+          f"{TABLE_HEAD}")
+
+
+def table_line(step, metrics, val_metrics):
+    """One evaluation for a person: the last step's loss, then the validation pairs."""
+    value = {name.removeprefix("eval/"): number for name, number in val_metrics.items()}
+    loss = f"{metrics['loss']:7.4f}" if metrics else " " * 7
+    agreement = (f"{value['rewards/score_agreement']:.2f}"
+                 if "rewards/score_agreement" in value else "-")
+    return (f"{step:6d} {loss} | {value['loss']:16.4f}  {value['rewards/accuracies']:8.2f}  "
+            f"{agreement:>18}  {value['rewards/margins']:+6.2f}  {value['logps/chosen']:11.1f}  "
+            f"{value['logps/rejected']:8.1f}")
+
+
+class SampleAnswers:
+    """Prompts whose answers are printed at the end, as the reference and the student give them.
+
+    For the toy student: held-out prompts, on which its world computes what is right. Else the
+    first validation prompts.
+    """
+
+    def __init__(self, is_toy, val_pairs):
+        if is_toy:
+            path = os.path.join(os.path.dirname(TOY_STUDENT), "held_out.jsonl")
+            self.rows = [row for _, row in read_rows(path)]
+            self.prompts = [row["prompt"] for row in self.rows]
+            self.shown = slice(4, 7)  # a harmful, a harmless and a role-play request
+        else:
+            by_ids = {tuple(pair.prompt_ids): pair.prompt for pair in val_pairs}
+            self.rows, self.prompts, self.shown = None, list(by_ids.values())[:3], slice(0, 3)
+
+    def report(self, before, after):
+        """Text: three prompts with both answers; for the toy, the share of right answers."""
+        shown = {"reference": before[self.shown], "student": after[self.shown]}
+        text = side_by_side(self.prompts[self.shown], shown)
+        if self.rows is None:
+            return text
+        from toy import world
+        before, after = world.rates(self.rows, before), world.rates(self.rows, after)
+        lines = [f"right answers to {len(self.rows)} held-out prompts  reference  student"]
+        lines += [f"{name:37s}  {before[name]:9.2f}  {after[name]:7.2f}" for name in before]
+        return "\n".join([text, *lines])
+
+
+def peak_memory_mib(device):
+    """Peak memory of this process in MiB: the GPU's, or what was resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

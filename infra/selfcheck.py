@@ -1,0 +1,79 @@
+"""Checks of the fast path against the slow one, and of the policy against its reference."""
+import math
+
+import torch
+
+from infra.command import BadInput, first_line, refuse, warn
+
+# How far a token's log-probability may move when other rows share its batch: (bias, noise).
+# Over N tokens bias grows with N, noise with sqrt(N). (SmolLM2-135M in bfloat16: noise 0.06 per
+# token, at most 0.14.) A wrong mask or a stale cache is off by tens of nats.
+ROUNDING = {torch.float32: (1e-5, 0.0), torch.bfloat16: (5e-3, 0.5), torch.float16: (1e-3, 0.06)}
+
+
+def check_equal(what, logps, expected, tokens, dtype, remedy):
+    """BadInput if summed log-probabilities (B,) differ by more than rounding.
+
+    tokens has the answers' B lengths; dtype is the compute dtype.
+    """
+    bias, noise = ROUNDING[dtype]
+    difference, tokens = (logps.cpu() - expected.cpu()).abs(), torch.tensor(tokens)  # (B,) each
+    allowed = 1e-3 + bias * tokens + noise * tokens.sqrt()  # (B,)
+    refuse("", (not (difference <= allowed).all(),
+                f"{what} differ by up to {difference.max():.4g}; {remedy}"))
+
+
+def check_finite(logps, where):
+    refuse(where, (not logps.isfinite().all(), "the reference's log-probability is not finite; "
+                                               "are the weights of --model sound?"))
+
+
+@torch.no_grad()
+def can_share_prefix(pair, model_name, plain_logps, fast_logps, dtype):
+    """(whether the model can read [prompt | chosen | rejected] as one row, the reason if not).
+
+    Decided by trying it on a pair: architectures differ in how they take masks and positions.
+    plain_logps() gives the pair's (2,) from the model's own logits, fast_logps(share_prefix)
+    from one of the two layouts. BadInput if the layout with one answer per row is wrong too.
+    """
+    tokens = [len(pair.chosen_ids), len(pair.rejected_ids)]
+    plain, separate = plain_logps(), fast_logps(False)  # (2,) each
+    check_finite(plain, pair.where)
+    check_equal(f"--model {model_name}: log-probabilities from hidden states and from the model's "
+                "own logits", separate, plain, tokens, dtype,
+                "an architecture that changes its logits after the output head is not supported")
+    try:
+        check_equal("log-probabilities of shared and separate rows", fast_logps(True), separate,
+                    tokens, dtype, "the model ignores masks or positions")
+    except torch.OutOfMemoryError:
+        raise
+    except (BadInput, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        return False, first_line(error)
+    return True, ""
+
+
+def check_step_0(log_ratios, tokens, dtype, cache_path):
+    """BadInput if a pair's log pi - log ref (2,) is not 0 at step 0. The loss then is ln 2.
+
+    log_ratios maps the pairs' names to them; tokens is the length of the longest conversation.
+    """
+    for where, ratios in log_ratios.items():
+        check_equal(f"{where}: at step 0 the log-probabilities of policy and cached reference",
+                    ratios, torch.zeros(2), [tokens] * 2, dtype, f"delete {cache_path}")
+
+
+def check_step(step, loss, grad_norm, scaler, log_ratios, state_dir):
+    """BadInput if the loss or the gradient is not finite, before the step is taken.
+
+    Under float16 gradients may overflow: then GradScaler skips the step and lowers its scale.
+    """
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    can_lower = scaler.get_scale() > 1
+    bad = [where for where, ratios in log_ratios.items() if not ratios.isfinite().all()]
+    rows = ", ".join((bad or list(log_ratios))[:3])
+    refuse("", (not math.isfinite(loss) or not can_lower,
+                f"step {step + 1}: loss {loss}, gradient norm {grad_norm}, rows {rows}; "
+                f"lower --learning_rate; the last good state is in {state_dir}"))
+    warn(f"step {step + 1} skipped: its gradients overflow float16 at a loss scale of "
+         f"{scaler.get_scale():g}, which is lowered now")
