@@ -270,6 +270,14 @@ def longest_row(pair):
     return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
 
 
+def count_tokens(pairs, which="all"):
+    """Tokens of some pairs: "chosen" answers only, or "all", each answer with its own prompt."""
+    chosen = sum(len(pair.chosen_ids) for pair in pairs)
+    if which == "chosen":
+        return chosen
+    return chosen + sum(2 * len(pair.prompt_ids) + len(pair.rejected_ids) for pair in pairs)
+
+
 def batch_tokens(pair, share_prefix):
     """Tokens that a pair alone takes in a Batch, padding counted."""
     if share_prefix:

@@ -13,8 +13,6 @@
 report.md; asked-eval.jsonl and asked-pairwise.jsonl are the judge's input. The same command
 continues a stopped run. An answer that could not be judged has score null, and is in no mean.
 """
-import argparse
-import itertools
 import json
 import os
 import sys
@@ -29,10 +27,9 @@ from data import Pair, collate, encode_prompt, load_pairs, longest_row, micro_ba
 from infra.client import Client, add_client_flags
 from infra.command import BadInput, Parser, at_least, one_line, refuse, run
 from infra.generate import Answer, generate
-from infra.models import (TOY_STUDENT, check_model_name, load_model, load_tokenizer,
-                          position_limit)
+from infra.models import TOY_STUDENT, load_model, load_tokenizer, position_limit
 from infra.plots import draw_curves
-from infra.report import examples, indented, side_by_side, table, warn_of_overlap
+from infra.report import indented, side_by_side, table, warn_of_overlap
 from infra.resumable import Stage, checked_rows, run_batches, run_rows
 from infra.rows import as_messages, atomic_write, check_prompt, stream_rows
 from infra.task import load_task
@@ -42,7 +39,6 @@ from reward import ENDPOINTS, add_judge_flags, ask_which, provenance, question_o
 # ---------------------------------------------------------------------------------------- answers
 
 REFINED = "base + self-refine"
-ANSWER_KEYS = ("turns", "answer", "finish", "prompt_ids", "ids")
 
 
 def generate_turns(model, tokenizer, rows, task, args):
@@ -56,7 +52,13 @@ def generate_turns(model, tokenizer, rows, task, args):
             prompts = [as_messages(prompt) + [{"role": "assistant", "content": answer.text},
                                               {"role": "user", "content": request}]
                        for prompt, answer in zip(prompts, turns[-1])]
-        prompt_ids = [encode(tokenizer, prompt, row) for prompt, row in zip(prompts, rows)]
+        prompt_ids = []
+        try:
+            for row, prompt in zip(rows, prompts):
+                prompt_ids.append(encode_prompt(tokenizer, prompt))
+        except TemplateError as error:
+            raise BadInput(f"{tokenizer.name_or_path}: its chat template refuses the prompt of row "
+                           f"{row['row']!r:.40}: {error}") from error
         # A row has the same seed for all systems: where two of them agree, so do their samples.
         seeds = [zlib.crc32(f"{args.seed} {len(turns)} {row['row']}".encode()) for row in rows]
         turns.append(generate(model, tokenizer, prompt_ids, args.max_new_tokens,
@@ -64,28 +66,16 @@ def generate_turns(model, tokenizer, rows, task, args):
     return turns
 
 
-def encode(tokenizer, prompt, row):
-    try:
-        return encode_prompt(tokenizer, prompt)
-    except TemplateError as error:
-        raise BadInput(f"{tokenizer.name_or_path}: its chat template refuses the prompt of row "
-                       f"{json.dumps(row['row'])[:40]}: {error}") from error
-
-
 def answer_rows(path, system, model, tokenizer, rows, task, args):
     """Append a system's missing answers to `path`; return all its rows, in the order of `rows`.
 
     With a task the rewrite is the answer. BadInput if `path` holds answers by other settings.
     """
-    needs_chat = task or any(isinstance(row["prompt"], list) for row in rows)
-    refuse(system, (
-        needs_chat and not tokenizer.chat_template,
-        "its tokenizer has no chat template, which --self_refine and prompts that are lists of "
-        "messages need; give an instruct model, or plain-text prompts"))
     settings = {"weights": reference_fingerprint(model, str(model.dtype)),
                 "temperature": args.temperature, "seed": args.seed,
                 "max_new_tokens": args.max_new_tokens}
-    settings |= {"asked": [task.critique, task.revision]} if task else {}
+    if task:
+        settings["asked"] = [task.critique, task.revision]
     rows = [{"id": f"{system}/{row['id']}", "row": row["id"], "system": system,
              "made_with": settings}
             | {key: row[key] for key in ("behaviour", "prompt", "question") if key in row}
@@ -98,7 +88,8 @@ def answer_rows(path, system, model, tokenizer, rows, task, args):
                          "finish": last.finish, "prompt_ids": last.prompt_ids, "ids": last.ids}
 
     by_length = sorted(rows, key=lambda row: len(str(row["prompt"])))
-    answers = run_batches(path, by_length, ANSWER_KEYS, answer, args.batch_size, system)
+    adds = ("turns", "answer", "finish", "prompt_ids", "ids")
+    answers = run_batches(path, by_length, adds, answer, args.batch_size, system)
     return [answers[row["id"]] for row in rows]
 
 
@@ -143,41 +134,31 @@ def answer_logps(model, answers):
     return pair_logps(model, pairs)[:, 0]
 
 
-def row_logps(model, rows):
-    """(N,): answer_logps of rows of answers.jsonl."""
-    return answer_logps(model, [Answer(row["answer"], row["finish"], row["prompt_ids"], row["ids"])
-                                for row in rows])
-
-
 # -------------------------------------------------------------------------------------- the judge
 
 
-def judge_rows(args, task, rows, name, key, ask):
-    """Judge rows as reward.py does, into out_dir/name; return ({id: number}, failed rows).
+def judge_rows(args, task, rows, name, key):
+    """Add the score or win, as `key` says, to rows, as reward.py does, and write out_dir/`name`.
 
-    ask(client, task, args, row) returns the number to store under `key`, or None, and the replies.
+    Returns ({id: number or None}, number of failed rows).
     """
-    path, source = os.path.join(args.out_dir, name), os.path.join(args.out_dir, f"asked-{name}")
+    args.out, source = os.path.join(args.out_dir, name), os.path.join(args.out_dir, f"asked-{name}")
     atomic_write(source, "".join(json.dumps(row) + "\n" for row in rows))
-    args = argparse.Namespace(**vars(args) | {"model": args.judge_model, "out": path,
-                                              "limit": None, "show": False})
     client = Client(args)
 
     def work(row):
-        value, replies = ask(client, task, args, row)
-        return row | {key: value, "judge": {"said": replies}}
+        if key == "win":
+            number, replies = win_over_base(client, task, args, row)
+        else:
+            number, replies = score_answer(client, task, args, row, row["answer"])
+        return row | {key: number, "judge": {"said": replies}}
 
     stage = Stage(adds=(key, "judge"), provenance_key="judge", provenance=provenance(task, args),
-                  check=check_prompt, work=work, show=None)
+                  check=check_prompt, work=work)
     failed = run_rows(stage, source, args, client.counts)
-    # No row was ever finished in an empty file.
-    judged = stream_rows(path) if os.path.getsize(path) else []
+    # The file is empty if no row was ever finished.
+    judged = stream_rows(args.out) if os.path.getsize(args.out) else []
     return {row["id"]: row[key] for _, row in judged}, failed
-
-
-def score_of(client, task, args, row):
-    """(score or None, replies) of an answer."""
-    return score_answer(client, task, args, row, row["answer"])
 
 
 def win_over_base(client, task, args, row):
@@ -234,31 +215,32 @@ def cell(form, statistic, *columns):
 # -------------------------------------------------------------------------------------- the table
 
 
-def columns_of(rows, scores, wins, kl):
+def columns_of(system, answers, scores, wins, kl):
     """{measurement: (N,)} of a system's answers; nan is unknown."""
-    return {"score": np.array([scores.get(row["id"]) for row in rows], dtype=float),
-            "win": np.array([wins.get(row["id"]) for row in rows], dtype=float),
-            "tokens": np.array([len(row["ids"]) for row in rows], dtype=float),
-            "degenerate": np.array([bool(fault(row)) for row in rows]),
-            "kl": kl}
+    own, base = ({"score": np.array([scores.get(row["id"]) for row in rows], dtype=float),
+                  "tokens": np.array([len(row["ids"]) for row in rows], dtype=float)}
+                 for rows in (answers[system], answers["base"]))
+    gap = own["score"] - (np.nan if system == "base" else base["score"])
+    win = (1 + np.sign(gap)) / 2  # a tie is half a win
+    if wins is not None:
+        win = np.array([wins.get(row["id"]) for row in answers[system]], dtype=float)
+    return own | {"gap": gap, "win": win, "longer": own["tokens"] - base["tokens"],
+                  "degenerate": np.array([bool(fault(row)) for row in answers[system]]),
+                  "kl": kl.get(system, np.full(len(gap), np.nan))}
 
 
-def answer_cells(args, columns, system, indices):
-    """{measurement: cell} of a system on some prompts. A new measurement goes here."""
-    own, base = ({key: column[indices] for key, column in columns[name].items()}
-                 for name in (system, "base"))
-    gaps = own["score"] - (np.nan if system == "base" else base["score"])
-    longer = own["tokens"] - base["tokens"]
+def answer_cells(column, judged):
+    """{measurement: cell} of a system's columns on some prompts. A new measurement goes here."""
+    scores, gaps, longer = column["score"], column["gap"], column["longer"]
     lengths_differ = len(set(longer[~np.isnan(gaps)])) > 1
-    wins = own["win"] if args.pairwise else (1 + np.sign(gaps)) / 2  # a tie is half a win
-    judged = f"{np.isfinite(own['score']).sum()}/{len(gaps)}"
-    return {"judged": judged if args.base_url else "-",
-            "score": cell(".2f", mean, own["score"]),
-            "win %": cell(".0f", mean, 100 * wins),
-            "at equal length": cell("+.2f", equal_length, gaps, longer) if lengths_differ else "-",
-            "tokens": f"{own['tokens'].mean():.1f}",
-            "degenerate %": f"{100 * own['degenerate'].mean():.1f}",
-            "KL, nats": cell(".2f", mean, own["kl"])}
+    return {"judged": f"{np.isfinite(scores).sum()}/{len(scores)}" if judged else "-",
+            "score (higher is better)": cell(".2f", mean, scores),
+            "win over base %": cell(".0f", mean, 100 * column["win"]),
+            "score gain at equal length":
+                cell("+.2f", equal_length, gaps, longer) if lengths_differ else "-",
+            "tokens": f"{column['tokens'].mean():.1f}",
+            "degenerate %": f"{100 * column['degenerate'].mean():.1f}",
+            "KL from base, nats": cell(".2f", mean, column["kl"])}
 
 
 def pair_cells(pairs, logps, reference):
@@ -272,43 +254,24 @@ def pair_cells(pairs, logps, reference):
     return {"pairs": str(len(pairs)),
             "chosen first %": cell(".1f", mean, 50 * (1 + side)),
             "agrees with scores %": cell(".1f", mean, 50 * (1 + side * signs)),
-            "log-ratio margin": cell("+.2f", mean, margins),
-            "logp chosen": cell(".2f", mean, chosen),
-            "logp rejected": cell(".2f", mean, rejected)}
-
-
-def behaviours(rows, task):
-    """{behaviour: indices of its rows}, and all rows if there are several behaviours."""
-    groups = {}
-    for i, row in enumerate(rows):
-        name = str(row.get("behaviour", task.name if task else "answers"))
-        groups.setdefault(one_line(name), []).append(i)
-    return groups | ({"all": list(range(len(rows)))} if len(groups) > 1 else {})
+            "log-ratio margin, nats": cell("+.2f", mean, margins),
+            "logp chosen, nats": cell(".2f", mean, chosen),
+            "logp rejected, nats": cell(".2f", mean, rejected)}
 
 
 def notes_on(args, answers, columns):
     """The notes below the table, one sentence per line."""
-    lines = ["[low, high]: 95 % bootstrap interval over prompts or pairs; "
-             "tokens: mean length of an answer"]
-    if args.data:
-        lines.append("log-ratio margin: the loss's margin before beta, nats; "
-                     "logp: log-probability of an answer, nats")
-    if args.base_url:
-        win = ("the judge prefers the answer to the base's, mean of both orders" if args.pairwise
-               else "share of prompts that score above the base, ties half")
-        lines += [f"score: higher is better; win: {win}",
-                  "at equal length: score minus the base's score, where both answers are equally "
-                  "long (linear regression)"]
+    lines = ["[low, high]: 95 % bootstrap interval over prompts or pairs"]
     for name, rows in answers.items():
-        unjudged, not_compared = (np.isnan(columns[name][key]).sum() for key in ("score", "win"))
-        if args.base_url and unjudged:
-            lines.append(f"could not judge {unjudged} of {len(rows)} answers of {name}")
-        if args.pairwise and name != "base" and not_compared:
-            lines.append(f"could not compare {not_compared} of {len(rows)} answers of {name}")
-        counts = Counter(filter(None, map(fault, rows)))
-        kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "none"
-        limit = f" (cut at --max_new_tokens {args.max_new_tokens})" if counts["cut"] else ""
-        lines.append(f"degenerate answers of {name}: {kinds}{limit}")
+        unknown = {key: np.isnan(columns[name][key]).sum() for key in ("score", "win")}
+        if args.base_url and unknown["score"]:
+            lines.append(f"could not judge {unknown['score']} of {len(rows)} answers of {name}")
+        if args.pairwise and unknown["win"] and name != "base":
+            lines.append(f"could not compare {unknown['win']} of {len(rows)} answers of {name}")
+        kinds = Counter(filter(None, map(fault, rows)))
+        if kinds:
+            text = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+            lines.append(f"degenerate answers of {name}: {text} (cut: by --max_new_tokens)")
     if answers and args.temperature != 1:
         lines.append("KL: only from answers that are sampled at --temperature 1")
     return lines
@@ -321,7 +284,7 @@ def get_args(argv):
     parser = Parser("Judge and compare the answers of a base model and of its students.")
     flag = parser.add_argument
     flag("--curves", nargs="+", metavar="DIR", help="only draw the curves of these training runs")
-    flag("--model", nargs="+", default=[], help="the students: model folders or hub ids")
+    flag("--model", dest="students", nargs="+", default=[], help="model folders or hub ids")
     flag("--base_model", default=TOY_STUDENT, help="the reference (default: the toy student)")
     flag("--prompts", help="held-out rows with a prompt")
     flag("--data", help="held-out rows with chosen, rejected and, maybe, scores")
@@ -333,25 +296,24 @@ def get_args(argv):
     flag("--seed", type=at_least(0), default=0)
     flag("--batch_size", type=at_least(1), default=64, help="answers at a time: memory and speed")
     flag("--self_refine", action="store_true", help="also the base's own rewrites of its answers")
-    # the judge
+    # the judge; args.model is its name, as in reward.py
     flag("--task", help="the behaviour, a file such as tasks/sycophancy.toml")
     flag("--base_url", help="the judge's server, http://127.0.0.1:8000/v1 (default: no judge)")
-    flag("--judge_model", help="the judge's name on that server")
+    flag("--judge_model", dest="model", help="the judge's name on that server")
     flag("--endpoint", choices=ENDPOINTS, help="the judge is a reward model, as in reward.py")
     flag("--pairwise", action="store_true", help="win rates from comparisons, in both orders")
     add_client_flags(parser, max_tokens=512)
     add_judge_flags(parser)
+    parser.set_defaults(limit=None, show=False)  # run_rows judges all rows, silently
     args = parser.parse_args(argv)
-    args.model = [folder.rstrip("/") for folder in args.model]
-    names = ["base", *args.model]
+    args.students = [folder.rstrip("/") for folder in args.students]
+    names = ["base", *args.students]
     refuse(
         "",
-        (not args.curves and not (args.model and (args.prompts or args.data)),
+        (not args.curves and not (args.students and (args.prompts or args.data)),
          "give --model with --prompts or --data, or --curves"),
-        (args.base_url and not (args.prompts and args.judge_model),
-         "--base_url needs --prompts and --judge_model"),
-        (args.base_url and not (args.task or args.endpoint),
-         "--base_url needs --task, whose [judge] it asks, or --endpoint"),
+        (args.base_url and not (args.prompts and args.model and (args.task or args.endpoint)),
+         "--base_url needs --task or --endpoint, with --prompts and --judge_model"),
         (args.pairwise and (not args.base_url or args.endpoint),
          "--pairwise needs --base_url with an LLM as the judge, not --endpoint"),
         ((args.self_refine or args.pairwise) and not (args.task and args.prompts),
@@ -364,41 +326,65 @@ def get_args(argv):
 
 
 def load_inputs(args):
-    """(task, rows, pairs, their counts, vocabulary), all checked before anything is computed."""
-    task = load_task(args.task) if args.task else None
-    refuse(args.task, (args.pairwise and not task.judge.pairwise,
-                       "no `judge.pairwise`, which --pairwise needs; see tasks/sycophancy.toml"))
+    """(task, rows, pairs, {folder: tokenizer}, notes), all checked before anything is computed."""
+    task, rows, pairs, notes = None, [], [], []
+    if args.task:
+        task = load_task(args.task)
+        refuse(args.task, (args.pairwise and not task.judge.pairwise,
+                           "no `judge.pairwise`, which --pairwise needs; see "
+                           "tasks/sycophancy.toml"))
     if args.base_url:
         Client(args)  # raises for a wrong address or a missing key
-    for folder in (args.base_model, *args.model):
-        check_model_name(folder)
-    rows, pairs, counts = [], [], None
     if args.prompts:
         rows = [row for _, row in checked_rows(args.prompts, None, check_prompt, ())]
-    tokenizer = load_tokenizer(args.base_model)
+    tokenizers = {folder: load_tokenizer(folder) for folder in (args.base_model, *args.students)}
+    base = tokenizers[args.base_model]
     if args.data:
-        pairs, counts = load_pairs(args.data, tokenizer, args.max_length, needs_scores=False)
-    for folder in args.model:
+        pairs, counts = load_pairs(args.data, base, args.max_length, needs_scores=False)
+        notes = counts.lines()
+    has_chats = any(isinstance(row["prompt"], list) for row in rows)
+    for folder, tokenizer in tokenizers.items():
+        refuse(
+            f"--model {folder}",
+            (tokenizer.get_vocab() != base.get_vocab(),
+             f"its vocabulary is not that of --base_model {args.base_model}; give the model that "
+             "it was trained from"),
+            (not tokenizer.chat_template and (has_chats or args.self_refine and tokenizer is base),
+             "its tokenizer has no chat template, which --self_refine and prompts that are lists "
+             "of messages need; give an instruct model, or plain-text prompts"))
         warn_of_overlap(folder, args.prompts, [row["prompt"] for row in rows])
         warn_of_overlap(folder, args.data, [pair.prompt for pair in pairs])
-    return task, rows, pairs, counts, tokenizer.get_vocab()
+    return task, rows, pairs, tokenizers, notes
 
 
-def load_system(folder, vocabulary, pairs, args):
-    """(model, tokenizer) of a folder. BadInput if it cannot be compared with the base."""
+def run_models(args, task, rows, pairs, tokenizers):
+    """({system: rows of answers.jsonl}, {student: KL, (N,)}, {model: pair_logps}), base last.
+
+    One model in memory at a time. The base is last: KL needs its view of the students' answers.
+    """
+    path = os.path.join(args.out_dir, "answers.jsonl")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(folder, "auto" if device == "cuda" else torch.float32).to(device)
-    tokenizer, limit = load_tokenizer(folder), position_limit(model)
     longest = max(map(longest_row, pairs), default=0)
-    refuse(
-        "",
-        (tokenizer.get_vocab() != vocabulary,
-         f"--model {folder}: its vocabulary is not that of --base_model {args.base_model}; give "
-         "the model that it was trained from"),
-        (longest > limit,
-         f"--max_length {args.max_length}: {args.data} has a row of {longest} tokens, but "
-         f"{folder} takes {limit}"))
-    return model, tokenizer
+    answers, sampled, kl, logps = {}, {}, {}, {}
+    for name, folder in [*zip(args.students, args.students), ("base", args.base_model)]:
+        model = None  # frees the one before
+        model = load_model(folder, "auto" if device == "cuda" else torch.float32).to(device)
+        limit = position_limit(model)
+        refuse(f"--max_length {args.max_length}", (
+            longest > limit,
+            f"{args.data} has a row of {longest} tokens, but {folder} takes {limit}"))
+        logps[name] = pair_logps(model, pairs)
+        if rows:
+            answers[name] = answer_rows(path, name, model, tokenizers[folder], rows, None, args)
+        if rows and args.temperature == 1 and name != "base":
+            sampled[name] = [Answer(row["answer"], row["finish"], row["prompt_ids"], row["ids"])
+                             for row in answers[name]]
+            kl[name] = answer_logps(model, sampled[name])
+    for name in kl:
+        kl[name] = (kl[name] - answer_logps(model, sampled[name])).double().numpy()
+    if args.self_refine:
+        answers[REFINED] = answer_rows(path, REFINED, model, tokenizers[folder], rows, task, args)
+    return answers, kl, logps
 
 
 def main(argv=None):
@@ -408,58 +394,49 @@ def main(argv=None):
         path = os.path.join(args.out_dir, "curves.png")
         draw_curves(args.curves, path)
         return print(path)
-    task, rows, pairs, counts, vocabulary = load_inputs(args)
+    task, rows, pairs, tokenizers, data_notes = load_inputs(args)
     os.makedirs(args.out_dir, exist_ok=True)
-
-    # One model in memory at a time. The base is last: KL needs its view of the students' answers.
-    path = os.path.join(args.out_dir, "answers.jsonl")
-    answers, policy_logps, pairs_logps = {}, {}, {}
-    for name, folder in [*zip(args.model, args.model), ("base", args.base_model)]:
-        model = None  # frees the one before
-        model, tokenizer = load_system(folder, vocabulary, pairs, args)
-        pairs_logps[name] = pair_logps(model, pairs)
-        if rows:
-            answers[name] = answer_rows(path, name, model, tokenizer, rows, None, args)
-        if rows and args.temperature == 1 and name != "base":
-            policy_logps[name] = row_logps(model, answers[name])
-    if args.self_refine:
-        answers[REFINED] = answer_rows(path, REFINED, model, tokenizer, rows, task, args)
-    kl = {name: (logps - row_logps(model, answers[name])).double().numpy()
-          for name, logps in policy_logps.items()}
+    answers, kl, logps = run_models(args, task, rows, pairs, tokenizers)
 
     # The judge: a score per answer and, with --pairwise, whether it wins over the base's.
-    scores, wins, failed = {}, {}, 0
+    scores, wins, failed, failed_pairs = {}, None, 0, 0
     if args.base_url:
-        scores, failed = judge_rows(args, task, itertools.chain(*answers.values()),
-                                    "eval.jsonl", "score", score_of)
+        asked = [row for own in answers.values() for row in own]
+        scores, failed = judge_rows(args, task, asked, "eval.jsonl", "score")
     if args.pairwise:
         keys = ("id", "row", "system", "prompt", "question", "answer")
-        both = [{key: row[key] for key in keys if key in row} | {"base": base["answer"]}
-                for name, own in answers.items() if name != "base"
-                for row, base in zip(own, answers["base"])]
-        wins, failed_pairs = judge_rows(args, task, both, "pairwise.jsonl", "win", win_over_base)
-        failed += failed_pairs
+        asked = [{key: row[key] for key in keys if key in row} | {"base": base["answer"]}
+                 for name, own in answers.items() if name != "base"
+                 for row, base in zip(own, answers["base"])]
+        wins, failed_pairs = judge_rows(args, task, asked, "pairwise.jsonl", "win")
 
-    # The table and the report.
-    systems = ["base", REFINED, *args.model]
-    answers = {name: answers[name] for name in systems if name in answers}
-    unknown = np.full(len(rows), np.nan)
-    columns = {name: columns_of(own, scores, wins, kl.get(name, unknown))
-               for name, own in answers.items()}
-    blocks = {f"{behaviour}, {len(indices)} prompts": {
-                  system: answer_cells(args, columns, system, indices) for system in columns}
-              for behaviour, indices in behaviours(rows, task).items()}
-    notes = notes_on(args, answers, columns)
+    # The table: a block per behaviour, one for all of them, and one for the pairs.
+    answers = {name: answers[name] for name in ("base", REFINED, *args.students) if name in answers}
+    columns = {name: columns_of(name, answers, scores, wins, kl) for name in answers}
+    groups, blocks = {}, {}
+    for i, row in enumerate(rows):
+        behaviour = str(row.get("behaviour", task.name if task else "answers"))
+        groups.setdefault(one_line(behaviour), []).append(i)
+    if len(groups) > 1:
+        groups["all"] = list(range(len(rows)))
+    for behaviour, indices in groups.items():
+        blocks[f"{behaviour}, {len(indices)} prompts"] = {
+            name: answer_cells({key: values[indices] for key, values in own.items()}, args.base_url)
+            for name, own in columns.items()}
     if pairs:
-        notes += counts.lines()
         blocks[f"validation pairs of {args.data}"] = {
-            name: pair_cells(pairs, pairs_logps[name], pairs_logps["base"])
-            for name in ("base", *args.model)}
-    text = table(blocks) + "\n\n" + "\n".join(notes)
+            name: pair_cells(pairs, logps[name], logps["base"])
+            for name in ("base", *args.students)}
+    text = "\n".join([table(blocks), "", *notes_on(args, answers, columns), *data_notes])
     print("\n" + text)
+
+    # The report: the table, the prompts whose scores differ most, and random ones.
     report = f"# Evaluation\n\n{indented(text)}\n"
     if rows:
-        shown = examples(np.stack([own["score"] for own in columns.values()]), 4, args.seed)
+        scores_of = np.stack([own["score"] for own in columns.values()])  # (systems, N)
+        spread = np.nan_to_num(scores_of.max(0) - scores_of.min(0))
+        order = np.random.default_rng(args.seed).permutation(len(rows))
+        shown = dict.fromkeys([*order[np.argsort(-spread[order], kind="stable")][:4], *order[:4]])
         sides = side_by_side(
             [rows[i]["prompt"] for i in shown],
             {name: [own[i]["answer"] for i in shown] for name, own in answers.items()})
@@ -467,12 +444,12 @@ def main(argv=None):
             print("\n" + sides)
         report += f"\n## Answers side by side\n\n{indented(sides)}"
     atomic_write(os.path.join(args.out_dir, "report.md"), report)
-    if scores and all(np.isnan(own["score"]).all() for own in columns.values()):
-        print(f"error: no reply of {args.judge_model} had a verdict; {args.out_dir}/eval.jsonl has "
+    if scores and all(score is None for score in scores.values()):
+        print(f"error: no reply of {args.model} had a verdict; {args.out_dir}/eval.jsonl has "
               "the replies: do --task and --prompts match, is --max_tokens large enough?",
               file=sys.stderr)
         failed = True
-    sys.exit(1 if failed else 0)
+    sys.exit(1 if failed or failed_pairs else 0)
 
 
 if __name__ == "__main__":

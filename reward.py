@@ -21,7 +21,6 @@ import os
 import re
 import statistics
 import sys
-from collections import Counter
 
 from infra.client import Client, add_stage_flags, chat
 from infra.command import Parser, at_least, printable, run
@@ -88,13 +87,6 @@ def ask(client, judge, args, template, texts, score_of):
                 scores.append(score)
                 break
     return (statistics.fmean(scores) if len(scores) == args.samples else None), attempts
-
-
-def ask_judge(client, judge, args, question, answer):
-    """(score or None, attempts) for one answer; see ask."""
-    texts = {"question": question, "answer": answer}
-    return ask(client, judge, args, judge.template, texts,
-               lambda verdict: better(verdict, judge.good))
 
 
 def ask_which(client, judge, args, question, first, second):
@@ -168,7 +160,9 @@ def score_answer(client, task, args, row, answer):
     if args.endpoint:
         score = ask_reward_model(client, args, question_of(row), answer)
         return score, score
-    return ask_judge(client, task.judge, args, question_of(row), answer)
+    texts = {"question": question_of(row), "answer": answer}
+    return ask(client, task.judge, args, task.judge.template, texts,
+               lambda verdict: better(verdict, task.judge.good))
 
 
 def score_row(client, task, args, row):
@@ -210,30 +204,27 @@ def attempts_in(row, name):
 
 def report(path):
     """Print statistics of all scores in a file. Returns the number of answers with a score."""
-    gaps, counts, spreads = [], Counter(), []
+    scores, spreads, unread = [], [], []  # unread: why each reply without a verdict ended
     for _, row in stream_rows(path):
-        scores = [row["score_chosen"], row["score_rejected"]]
-        counts.update(rows=1, answers=2, scored=2 - scores.count(None))
-        if None not in scores:
-            gaps.append(scores[0] - scores[1])
-        for name in ("rejected", "chosen"):
+        for name in ("chosen", "rejected"):
+            scores.append(row["score_" + name])
             attempts = attempts_in(row, name)
             verdicts = [a["verdict"] for a in attempts if a["verdict"] is not None]
-            counts.update(no_verdict=len(attempts) - len(verdicts),
-                          cut=sum(a["finish"] == "length" for a in attempts))
+            unread += [a["finish"] for a in attempts if a["verdict"] is None]
             if len(verdicts) > 1:
                 spreads.append(statistics.pstdev(verdicts))
-    print(f"{counts['scored']} of {counts['answers']} answers have a score "
-          f"({100 * counts['scored'] / counts['answers']:.1f} %); "
-          f"{counts['no_verdict']} replies had no verdict, {counts['cut']} of them cut by "
-          f"--max_tokens; {counts['rows'] - len(gaps)} rows lack a score")
+    gaps = [chosen - rejected for chosen, rejected in zip(scores[::2], scores[1::2])
+            if None not in (chosen, rejected)]
+    scored = len(scores) - scores.count(None)
+    print(f"{scored} of {len(scores)} answers have a score ({100 * scored / len(scores):.1f} %); "
+          f"{len(unread)} replies had no verdict, {unread.count('length')} of them cut by "
+          f"--max_tokens; {len(scores) // 2 - len(gaps)} rows lack a score")
     if spreads:
-        same = 100 * sum(spread == 0 for spread in spreads) / len(spreads)
-        print(f"repeated verdicts: identical on {same:.1f} % of the answers, "
-              f"mean standard deviation {statistics.fmean(spreads):.2f}")
+        print(f"repeated verdicts: identical on {100 * spreads.count(0) / len(spreads):.1f} % of "
+              f"the answers, mean standard deviation {statistics.fmean(spreads):.2f}")
     if gaps:
         show_gaps(gaps, "rows")
-    return counts["scored"]
+    return scored
 
 
 # ------------------------------------------------------------------------------------- the command

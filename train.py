@@ -13,27 +13,24 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 import infra.distributed as dist
-from data import (batch_tokens, collate, encode_prompt, epoch_order, load_pairs, longest_row,
-                  micro_batches, send, split_train_val)
-from infra import checkpoint
+from data import (batch_tokens, collate, count_tokens, encode_prompt, epoch_order, load_pairs,
+                  longest_row, micro_batches, send, split_train_val)
+from infra import checkpoint, models, selfcheck
 from infra.command import Parser, above_0, at_least, number, refuse, run, warn
 from infra.generate import generate
 from infra.lora import add_lora, without_lora
-from infra.models import (TOY_STUDENT, cast_weights, checkpoint_layers, decoder_layers, load_model,
-                          load_tokenizer, position_limit, sample_weights)
 from infra.plots import draw_curves, have_matplotlib
 from infra.runlog import SampleAnswers, peak_memory_mib, print_plan, table_line
-from infra.selfcheck import can_share_prefix, check_finite, check_step, check_step_0
 from rdpo import (ReferenceCache, plain_sequence_logps, preference_probability, rdpo_loss,
                   sequence_key, sequence_logps)
 
-# ---------------------------------------------------------------------------------- the losses
+# ------------------------------------------------------------------------------------- the losses
 
 
 def preference(losses, chosen_nll, args):
@@ -44,23 +41,17 @@ def imitation(losses, chosen_nll, args):
     return chosen_nll
 
 
-@dataclass
-class Loss:
-    """A --loss: does it need scores, which tau does it aim at, what does it sum over the pairs?
-
-    target(score_gaps (P,), args) -> tau (P,). combine(losses (B,), chosen_nll (B,), args) -> (B,):
-    losses are rdpo_loss's divided by the step's pairs, chosen_nll is the chosen answers' negative
-    log-likelihood divided by the step's chosen tokens.
-    """
+class Loss(NamedTuple):
+    """A choice of --loss. A new one is a new entry of LOSSES."""
     needs_scores: bool
-    target: Callable
-    combine: Callable
+    target: Callable  # (score_gaps (P,), args) -> tau (P,)
+    combine: Callable  # (rdpo_loss / pairs, negative log-likelihood / tokens, args) -> (B,)
 
 
 LOSSES = {
     "rdpo": Loss(True, lambda gaps, args: preference_probability(gaps, 0.0, args.temperature),
                  preference),
-    # DPO is sure of the chosen answer; with label_smoothing it is conservative DPO.
+    # DPO is sure of the chosen answer. With --label_smoothing this is conservative DPO.
     "dpo": Loss(False, lambda gaps, args: torch.full_like(gaps, 1.0 - args.label_smoothing),
                 preference),
     "sft": Loss(False, lambda gaps, args: torch.ones_like(gaps), imitation),
@@ -68,78 +59,69 @@ LOSSES = {
     "dsc": Loss(True, lambda gaps, args: torch.ones_like(gaps), imitation),
 }
 
-
 # ------------------------------------------------------------------------ forward pass and metrics
 
 
-@dataclass
-class Dataset:
-    """Pairs and what is known of each before training, (P,) tensors on the CPU."""
+class Dataset(NamedTuple):
+    """Pairs and what is known of each before training."""
     pairs: list
     share_prefix: bool  # the layout of their batches, see data.collate
-    ref_chosen_logps: torch.Tensor
-    ref_rejected_logps: torch.Tensor
-    tau: torch.Tensor
-    score_gaps: torch.Tensor  # s_r - s_o, nan without scores
+    columns: torch.Tensor  # (4, P) on the CPU: ref logps of chosen, of rejected, tau, s_r - s_o
 
-    def columns(self, indices):
-        return torch.stack([self.ref_chosen_logps[indices], self.ref_rejected_logps[indices],
-                            self.tau[indices], self.score_gaps[indices]])  # (4, B)
+    @property
+    def tau(self):
+        return self.columns[2]  # (P,)
+
+
+METRICS = ("loss", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected",
+           "tau/mean", "rewards/margins", "rewards/accuracies", "agreeing", "decided")
 
 
 def forward(policy, data, indices, args, pair_count, chosen_tokens):
-    """One micro-batch: (its part of the step's loss, sums of its metrics, log-ratios (2, B)).
+    """One micro-batch: (its part of the step's loss, sums of METRICS, log-ratios (2, B)).
 
-    pair_count and chosen_tokens are the whole step's, so that the parts of all micro-batches and
+    pair_count and chosen_tokens are the whole step's, so the parts of all micro-batches and
     ranks add up to the same loss however the step is split. An empty micro-batch computes the
-    first pair and drops it: FSDP's forward passes are collective.
+    first pair and drops it, because FSDP's forward passes are collective.
     """
     batch = collate([data.pairs[i] for i in indices or [0]], data.share_prefix)
     with autocast(args):
         logps = policy_logps(policy, batch.to(policy.device))  # (2B,)
-    policy_chosen_logps, policy_rejected_logps = logps.view(2, -1)[:, :len(indices)]  # (B,) each
+    chosen_logps, rejected_logps = logps.view(2, -1)[:, :len(indices)]  # (B,) each
     ref_chosen_logps, ref_rejected_logps, tau, score_gaps = send(
-        data.columns(indices), policy.device)  # (B,) each
+        data.columns[:, indices], policy.device)  # (B,) each
     losses, chosen_rewards, rejected_rewards = rdpo_loss(
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
-        tau, args.beta)  # (B,) each
-    loss = LOSSES[args.loss].combine(
-        losses / pair_count, -policy_chosen_logps / chosen_tokens, args).sum()
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, tau, args.beta)
+    loss = LOSSES[args.loss].combine(losses / pair_count, -chosen_logps / chosen_tokens, args).sum()
 
-    logps = logps.detach().view(2, -1)[:, :len(indices)]  # (2, B)
+    chosen_logps, rejected_logps = chosen_logps.detach(), rejected_logps.detach()
     margins = chosen_rewards - rejected_rewards  # (B,)
-    prefers = torch.where(margins.abs() < 1e-4, 0.0, margins.sign())  # (B,), 0: undecided
-    decided = score_gaps.abs() > 0  # (B,): scored, and no tie
-    agrees = torch.where(decided, (1 + prefers * score_gaps.sign()) / 2, 0.0)  # (B,)
-    sums = torch.stack([*logps, chosen_rewards, rejected_rewards, tau, margins, (1 + prefers) / 2,
-                        agrees, decided]).sum(1)  # (len(METRICS),)
-    log_ratios = logps - torch.stack([ref_chosen_logps, ref_rejected_logps])  # (2, B)
-    return loss, torch.cat([loss.detach()[None], sums]), log_ratios
-
-
-METRICS = ("loss", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected",
-           "tau/mean", "rewards/margins", "rewards/accuracies", "rewards/score_agreement",
-           "decided")
+    side = torch.where(margins.abs() < 1e-4, 0.0, margins.sign())  # (B,), 0: undecided, half right
+    decided = score_gaps.abs() > 0  # (B,), scored and no tie
+    agreeing = torch.where(decided, (1 + side * score_gaps.sign()) / 2, 0.0)  # (B,)
+    sums = [loss.detach()] + [column.sum() for column in (
+        chosen_logps, rejected_logps, chosen_rewards, rejected_rewards, tau, margins,
+        (1 + side) / 2, agreeing, decided)]
+    log_ratios = chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
+    return loss, torch.stack(sums), torch.stack(log_ratios)
 
 
 def mean_metrics(sums, pair_count):
-    """{name: float} from the summed metrics (M,) of some pairs, over all ranks."""
+    """{name: mean} from the METRICS summed over pair_count pairs, on all ranks."""
     total = dict(zip(METRICS, dist.all_reduce(sums).tolist()))
-    metrics = {"loss": total.pop("loss")}  # already divided
-    agreement, decided = total.pop("rewards/score_agreement"), total.pop("decided")
-    metrics |= {name: value / pair_count for name, value in total.items()}
-    return metrics | ({"rewards/score_agreement": agreement / decided} if decided else {})
+    loss, agreeing, decided = (total.pop(name) for name in ("loss", "agreeing", "decided"))
+    metrics = {"loss": loss} | {name: value / pair_count for name, value in total.items()}
+    return metrics | ({"rewards/score_agreement": agreeing / decided} if decided else {})
 
 
 @torch.no_grad()
 def evaluate(policy, data, args):
     """The metrics of all pairs of a Dataset, each name behind eval/."""
-    everything, chosen_tokens = range(len(data.pairs)), count_chosen_tokens(data.pairs)
+    pair_count, chosen_tokens = len(data.pairs), count_tokens(data.pairs, "chosen")
     sums = torch.zeros(len(METRICS), device=policy.device)
-    for batch in my_micro_batches(data.pairs, everything, data.share_prefix, args):
-        sums += forward(policy, data, batch, args, len(everything), chosen_tokens)[1]
-    metrics = mean_metrics(sums, len(everything))
-    return {f"eval/{name}": value for name, value in metrics.items()}
+    for batch in rank_batches(data.pairs, range(pair_count), data.share_prefix, args):
+        sums += forward(policy, data, batch, args, pair_count, chosen_tokens)[1]
+    return {f"eval/{name}": value for name, value in mean_metrics(sums, pair_count).items()}
 
 
 def policy_logps(policy, batch):
@@ -154,19 +136,9 @@ def autocast(args):
     return torch.autocast(args.device, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def my_micro_batches(pairs, indices, share_prefix, args):
+def rank_batches(pairs, indices, share_prefix, args):
     return micro_batches(pairs, indices, args.tokens_per_batch, share_prefix,
                          dist.rank(), dist.world_size())
-
-
-def count_chosen_tokens(pairs):
-    return sum(len(pair.chosen_ids) for pair in pairs)
-
-
-def count_tokens(pairs):
-    """Real tokens, each answer counted with its own prompt."""
-    return sum(2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
-               for pair in pairs)
 
 
 # ---------------------------------------------------------------------------------- the reference
@@ -174,42 +146,40 @@ def count_tokens(pairs):
 
 @torch.no_grad()
 def make_dataset(policy, pairs, share_prefix, cache, args):
-    """(Dataset of the pairs, number of pairs computed): the cache has the others' reference logps.
+    """(Dataset, number of pairs whose reference logps the cache lacked and that were computed).
 
     The policy must still be the reference. An interrupted pass keeps what it computed.
     """
-    keys = [(sequence_key(pair.prompt_ids, pair.chosen_ids),
-             sequence_key(pair.prompt_ids, pair.rejected_ids)) for pair in pairs]
+    keys = [[sequence_key(pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)]
+            for pair in pairs]
     cache.logps = dist.broadcast(cache.logps)  # ranks must agree on what is missing
     missing = [i for i, both in enumerate(keys) if not set(both) <= cache.logps.keys()]
-    batches = my_micro_batches(pairs, missing, share_prefix, args)
-    last_save = time.monotonic()
+    batches, last_save = rank_batches(pairs, missing, share_prefix, args), time.monotonic()
     try:
         # The longest first: if memory is too small, the run ends now.
-        for batch in tqdm(batches[::-1], "reference", disable=dist.rank() > 0 or None,
-                          leave=False):
-            tokens = collate([pairs[i] for i in batch or missing[:1]], share_prefix)
+        for indices in tqdm(batches[::-1], "reference", disable=dist.rank() > 0 or None,
+                            leave=False):
+            batch = collate([pairs[i] for i in indices or missing[:1]], share_prefix)
             with autocast(args):
-                logps = policy_logps(policy, tokens.to(policy.device)).view(2, -1).T  # (B, 2)
-            for rows in dist.all_gather(list(zip(batch, logps.tolist()))):
-                for i, both in rows:
-                    check_finite(torch.tensor(both), pairs[i].where)
-                    cache.logps |= zip(keys[i], both)
+                logps = policy_logps(policy, batch.to(policy.device)).view(2, -1).T  # (B, 2)
+            for i, both in dist.all_gather(list(zip(indices, logps.tolist()))):
+                selfcheck.check_finite(torch.tensor(both), pairs[i].where)
+                cache.logps |= zip(keys[i], both)
             if dist.rank() == 0 and time.monotonic() - last_save > 60:
                 cache.save()
                 last_save = time.monotonic()
     finally:
         if dist.rank() == 0 and missing and cache.logps:
             cache.save()
-    ref_logps = torch.tensor([[cache.logps[key] for key in both] for both in keys])  # (P, 2)
+    ref_logps = torch.tensor([[cache.logps[key] for key in both] for both in keys]).T  # (2, P)
     score_gaps = torch.tensor([pair.gap for pair in pairs])  # (P,)
     tau = LOSSES[args.loss].target(score_gaps, args)  # (P,)
-    return Dataset(pairs, share_prefix, *ref_logps.T, tau, score_gaps), len(missing)
+    return Dataset(pairs, share_prefix, torch.stack([*ref_logps, tau, score_gaps])), len(missing)
 
 
 def choose_layout(policy, pairs, args):
     """Whether rows can be [prompt | chosen | rejected], tried on the longest pair that fits."""
-    longest, limit = max(map(longest_row, pairs)), position_limit(policy)
+    longest, limit = max(map(longest_row, pairs)), models.position_limit(policy)
     refuse(f"--max_length {args.max_length}", (
         longest > limit, f"the longest row has {longest} tokens, but the model takes {limit}; "
                          f"--max_length {limit}"))
@@ -220,9 +190,8 @@ def choose_layout(policy, pairs, args):
         return policy_logps(policy, collate([pair], share_prefix).to(policy.device))  # (2,)
 
     with autocast(args):
-        works, reason = dist.broadcast(can_share_prefix(
-            pair, args.model, lambda: plain_sequence_logps(policy, [pair]), fast_logps,
-            getattr(torch, args.dtype)))
+        works, reason = dist.broadcast(selfcheck.can_share_prefix(
+            pair, args, lambda: plain_sequence_logps(policy, [pair]), fast_logps))
     if not works:
         print(f"layout: one answer per row; the model cannot share a prompt ({reason})")
     return works
@@ -236,29 +205,31 @@ def main(argv=None):
     args = get_args(argv)
     device, dtype = dist.setup(args)
     torch.manual_seed(args.seed)
-    is_toy, model_name = args.model is None, args.model or TOY_STUDENT
+    model_name = args.model or models.TOY_STUDENT
 
     # Data: every row is checked and tokenized before anything is computed.
-    tokenizer = load_tokenizer(model_name)
+    tokenizer = models.load_tokenizer(model_name)
     train_pairs, val_pairs = load_train_val(args, tokenizer)
     checkpoint.check_out_dir(args)
 
     # Policy: float32 master weights, or frozen weights and float32 adapters. It stays in eval
     # mode: dropout would add noise to the log-ratios.
-    policy = load_model(model_name, dtype="auto")
-    saved_dtype, weights_before = policy.dtype, sample_weights(dict(policy.named_parameters()))
+    policy = models.load_model(model_name, dtype="auto")
+    saved_dtype = policy.dtype
+    weights_before = models.sample_weights(dict(policy.named_parameters()))
     if args.lora_rank:
-        cast_weights(policy, torch.promote_types(saved_dtype, dtype))
+        models.cast_weights(policy, torch.promote_types(saved_dtype, dtype))
     elif not args.fsdp:  # FSDP casts layer by layer
-        cast_weights(policy, torch.float32)
+        models.cast_weights(policy, torch.float32)
     computed_as = [args.dtype] + ["sharded"] * args.fsdp + ["compiled"] * args.compile
     cache = ReferenceCache(os.path.expanduser(args.cache_dir), policy, " ".join(computed_as))
     if args.lora_rank:
         add_lora(policy, args.lora_rank, args.lora_alpha)
     if args.gradient_checkpointing:
-        checkpoint_layers(policy)
+        models.checkpoint_layers(policy)
     if args.fsdp:
-        dist.shard(policy, decoder_layers(policy, "--fsdp"), device, dtype, sequence_logps)
+        layers = models.decoder_layers(policy, "--fsdp")
+        dist.shard(policy, layers, device, dtype, sequence_logps)
     else:
         policy.to(device)
     share_prefix = choose_layout(policy, train_pairs + val_pairs, args)
@@ -271,7 +242,7 @@ def main(argv=None):
         train, computed = make_dataset(policy, train_pairs, share_prefix, cache, args)
         val, val_computed = make_dataset(policy, val_pairs, share_prefix, cache, args)
     reference = f"{computed + val_computed} in {time.monotonic() - reference_began:.1f} s"
-    samples = SampleAnswers(is_toy, val_pairs)
+    samples = SampleAnswers(args.model is None, val_pairs)
     answers_before = sample_answers(policy, tokenizer, samples.prompts, args)
 
     # Optimizer: AdamW on the float32 weights. The gradient scaler acts under float16 only.
@@ -284,8 +255,7 @@ def main(argv=None):
     eval_every = args.eval_every or math.ceil(total_steps / 10)
 
     # Resume: weights, moments and step come from the state; the data order follows from the step.
-    ids = [(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in train_pairs]
-    data_hash = checkpoint.content_hash(ids, train.tau.tolist(), cache.name)
+    data_hash = checkpoint.content_hash(train, cache.name)
     state_dir = os.path.join(args.out_dir, "state")
     first_step = 0
     if args.resume:
@@ -309,11 +279,11 @@ def main(argv=None):
         order = epoch_order(len(train_pairs), args.seed, epoch)
         indices = order[n * args.batch_size:(n + 1) * args.batch_size]
         step_pairs = [train_pairs[i] for i in indices]
-        chosen_tokens = count_chosen_tokens(step_pairs)
+        chosen_tokens = count_tokens(step_pairs, "chosen")
 
         # Forward and backward, one micro-batch at a time.
         sums, log_ratios = torch.zeros(len(METRICS), device=device), {}
-        for batch in my_micro_batches(train_pairs, indices, share_prefix, args):
+        for batch in rank_batches(train_pairs, indices, share_prefix, args):
             loss, batch_sums, ratios = forward(policy, train, batch, args, len(indices),
                                                chosen_tokens)
             scaler.scale(loss * dist.loss_scale(policy)).backward()
@@ -321,15 +291,15 @@ def main(argv=None):
             log_ratios |= {train_pairs[i].where: ratio for i, ratio in zip(batch, ratios.T)}
         dist.sum_gradients(flat_gradients)
         if step == 0:  # gate: the policy still is the reference, so every log-ratio is 0
-            tokens = [longest_row(pair) for pair in step_pairs]
-            check_step_0(log_ratios, max(tokens), dtype, cache.path)
+            tokens = {pair.where: longest_row(pair) for pair in step_pairs}
+            selfcheck.check_step_0(log_ratios, tokens, dtype, cache.path)
 
         # Update. A step that is not finite is never taken.
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
         metrics = mean_metrics(sums, len(indices))  # here the CPU waits for the GPU
         grad_norm = dist.full_tensor(grad_norm).item()
-        check_step(step, metrics["loss"], grad_norm, scaler, log_ratios, state_dir)
+        selfcheck.check_step(step, metrics["loss"], grad_norm, scaler, log_ratios, state_dir)
         lr = learning_rate(step, total_steps, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -372,13 +342,13 @@ def main(argv=None):
 
 
 def load_train_val(args, tokenizer):
-    """(training pairs, validation pairs) by the flags; prints what was left out."""
+    """(training pairs, validation pairs) by the flags. Prints what was left out."""
     options = args.max_length, LOSSES[args.loss].needs_scores, args.skip_bad_rows
     pairs, counts = load_pairs(args.data, tokenizer, *options)
-    all_counts = [counts]
+    counts.report()
     if args.eval_data:
         val_pairs, counts = load_pairs(args.eval_data, tokenizer, *options)
-        all_counts.append(counts)
+        counts.report()
     else:
         pairs, val_pairs = split_train_val(pairs, args.eval_share, args.seed)
     if args.loss == "dsc":  # the acceptance step
@@ -388,11 +358,6 @@ def load_train_val(args, tokenizer):
     refuse(args.data, (not pairs or not val_pairs,
                        f"{len(pairs)} pairs to train on and {len(val_pairs)} for validation; "
                        "give more rows, or --eval_data"))
-    for counts in all_counts:
-        for line in counts.lines():
-            print(line)
-        if counts.dropped_count() > counts.rows / 10:
-            warn(f"{counts.dropped_count()} of {counts.rows} rows were left out")
     if args.loss == "rdpo" and all(pair.gap == 0 for pair in pairs):
         warn("all scores tie: tau is 1/2, so rdpo keeps the student where it is")
     return pairs, val_pairs

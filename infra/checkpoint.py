@@ -108,8 +108,10 @@ def save_state(folder, step, policy, optimizer, scaler, args, data_hash):
     dist.barrier()
 
 
-def content_hash(*parts):
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+def content_hash(data, reference_name):
+    """Hash of what a resumed run must train on: token ids, targets, the reference's name."""
+    ids = [(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in data.pairs]
+    return hashlib.sha256(repr([ids, data.tau.tolist(), reference_name]).encode()).hexdigest()
 
 
 def newest_state(folder):

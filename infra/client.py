@@ -2,20 +2,24 @@
 
 A key comes from an environment variable. It is sent in one header, and never printed or stored.
 """
-import email.utils
 import json
 import os
 import random
+import re
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 import requests
+from urllib3.exceptions import InvalidHeader
+from urllib3.util import Retry
 
 from infra.command import BadInput, above_0, at_least, one_line, refuse
 from infra.resumable import RowFailed
+
+# http(s)://host[:port][/path], and no user name or password in it
+URL = re.compile(r"https?://([\w.-]+|\[[\da-f:.]+\])(:\d*)?(/\S*)?", re.IGNORECASE)
 
 
 @dataclass
@@ -39,7 +43,8 @@ def chat(client, messages, model, max_tokens, temperature, seed=None):
 
     body = {"model": model, "messages": messages,
             "max_tokens": max_tokens, "temperature": temperature}
-    body |= {} if seed is None else {"seed": seed}
+    if seed is not None:
+        body["seed"] = seed
     return client.post(f"{client.base_url}/chat/completions", body, read)
 
 
@@ -55,19 +60,14 @@ class Client:
     """
 
     def __init__(self, args):
-        try:
-            url = urlsplit(requests.Request("POST", args.base_url).prepare().url)
-        except ValueError:  # how requests refuses a malformed address
-            url = urlsplit("")
-        is_web = url.scheme in ("http", "https") and url.hostname and "@" not in url.netloc
-        key = os.environ.get(args.key_env, "").strip() if args.key_env else ""
-        is_plain = key.isascii() and key.isprintable() and " " not in key
-        refuse("--base_url", (not is_web, "must look like http://127.0.0.1:8000/v1, without a user "
-                                          "name or password"))
-        refuse(f"--key_env {args.key_env}",
-               (args.key_env and not key, "no key in that environment variable; export "
-                                          f"{args.key_env}=... first"),
-               (not is_plain, "the key in that variable must be one line of plain characters"))
+        key = os.environ.get(args.key_env or "", "").strip()
+        refuse("",
+               (not URL.fullmatch(args.base_url), "--base_url: must look like "
+                "http://127.0.0.1:8000/v1, without a user name or password"),
+               (args.key_env and not key, f"--key_env {args.key_env}: no key in that environment "
+                                          f"variable; export {args.key_env}=... first"),
+               (not re.fullmatch("[!-~]*", key), f"--key_env {args.key_env}: the key in that "
+                                                 "variable must be one line of plain characters"))
         self.base_url, self.key = args.base_url.rstrip("/"), key
         self.timeout, self.retries = args.timeout, args.retries
         self.threads, self.lock, self.counts = PerThread(), threading.Lock(), Counter()
@@ -108,29 +108,24 @@ class Client:
             content = response.content
             if self.key:
                 content = content.replace(self.key.encode(), b"[key]")
-            if response.status_code == 200:
+            status = response.status_code
+            if status == 200:
                 try:
                     return read(json.loads(content))
                 except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                     reason = f"{url} sent an unexpected reply: {server_message(content)}"
                     continue
-            reason = f"{url} answered {response.status_code}: {server_message(content)}"
-            raise_if_final(response.status_code, reason)
+            reason = f"{url} answered {status}: {server_message(content)}"
+            if status in (401, 404) or 300 <= status < 400:  # any other request would fail alike
+                raise BadInput(f"{reason}; check the key (--key_env), --model and --base_url")
+            if status == 403:  # run_rows stops if all rows fail
+                reason += "; moderation refuses this text, or the key (--key_env) is wrong"
+            if status < 500 and status not in (408, 409, 429):  # a retry would fail alike
+                raise RowFailed(reason)
             wait = retry_after(response.headers.get("Retry-After", ""), wait)
             wait *= random.uniform(1, 1.1)  # so that the threads do not all return at once
-        seconds = time.monotonic() - start
-        reason += f" (asked {self.retries + 1} times in {seconds:.0f} s)"
+        reason += f" (asked {self.retries + 1} times in {time.monotonic() - start:.0f} s)"
         raise RowFailed(reason) if self.counts["answered"] else BadInput(reason)
-
-
-def raise_if_final(status, reason):
-    """Raise if a retry cannot help: BadInput if all requests would fail alike, else RowFailed."""
-    if status in (401, 404) or 300 <= status < 400:
-        raise BadInput(f"{reason}; check the key (--key_env), --model and --base_url")
-    if status == 403:  # moderation of this text, or a wrong key: run_rows stops if all rows fail
-        raise RowFailed(f"{reason}; moderation refuses this text, or the key (--key_env) is wrong")
-    if status < 500 and status not in (408, 409, 429):
-        raise RowFailed(reason)
 
 
 def server_message(content):
@@ -146,16 +141,10 @@ def server_message(content):
 
 def retry_after(header, default):
     """Seconds to wait by a Retry-After header, a number or a date; at most an hour."""
-    if header.isdecimal():
-        return min(int(header), 3600)
     try:
-        seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
-    except ValueError:
+        return min(Retry().parse_retry_after(header), 3600)
+    except InvalidHeader:
         return default
-    return min(max(seconds, 0), 3600)
-
-
-# ------------------------------------------------------------------------------------------ flags
 
 
 def add_stage_flags(parser, max_tokens):

@@ -92,12 +92,12 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
     return tensor
 
 
-def all_gather(value):
-    """[value of each rank], on every rank."""
-    values = [value] * world_size()
+def all_gather(values):
+    """The ranks' lists, joined, on every rank."""
+    lists = [values] * world_size()
     if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
+        dist.all_gather_object(lists, values)
+    return sum(lists, [])
 
 
 def maximum(number):

@@ -69,7 +69,7 @@ def draw_prompts(rows, source, templates, seed, limit):
         else:
             candidates[prompt] = question, text_at(row, source.group) or question
     rng, candidates = np.random.default_rng(seed), list(candidates.items())
-    count = min(len(candidates), source.draw or len(candidates), limit or len(candidates))
+    count = min(source.draw or len(candidates), limit or len(candidates))
     drawn = []  # (group, row), in random order
     for i in rng.permutation(len(candidates))[:count]:
         prompt, (question, group) = candidates[i]
@@ -102,11 +102,11 @@ def reason_to_skip(row, source):
 
 def text_at(row, path):
     """The text at a path such as "prompt.0.content", or "" if the row has none there."""
-    for key in path.split("."):
-        try:
+    try:
+        for key in path.split("."):
             row = row[int(key) if isinstance(row, list) else key]
-        except (KeyError, IndexError, TypeError, ValueError):
-            return ""
+    except (LookupError, TypeError, ValueError):
+        return ""
     return row if isinstance(row, str) else ""
 
 
@@ -122,21 +122,27 @@ def read_templates(path):
 
 # -------------------------------------------------------------------------- from a source to rows
 
-PAGE = 100  # rows per page, the most that a rows API gives
-
 
 def public_rows(source, task_path, file):
     """The public rows of a Source: from `file` if given, else from source.url."""
-    if file:
-        text = read_text(file, "a file of public prompts")
-        return parse_public(text, file, source.format)
-    if source.format != "rows":
-        return parse_public(fetch(source.url, task_path), source.url, source.format)
+    name = file or source.url
+    if source.format == "rows" and not file:
+        return fetch_pages(name, task_path)
+    text = read_text(file, "a file of public prompts") if file else fetch(name, task_path)
+    if source.format == "rows":
+        return parse_pages(text, name)[0]
+    if source.format == "csv":
+        return parse_csv(text, name)
+    return [row for _, row in parse_rows(io.StringIO(text), name)]
+
+
+def fetch_pages(url, task_path):
+    """All rows of a rows API."""
     rows, total = [], 1
     while len(rows) < total:
-        name = f"{source.url} from row {len(rows)} on"
-        text = fetch(source.url, task_path, offset=len(rows), length=PAGE)
-        page, total = parse_pages(text, name)
+        name = f"{url} from row {len(rows)} on"
+        page = fetch(url, task_path, offset=len(rows), length=100)  # the most that it gives
+        page, total = parse_pages(page, name)
         refuse(name, (not page, f"no more rows, though there should be {total}; try again later, "
                                 "or use --source"))
         rows += page
@@ -162,15 +168,6 @@ def fetch(url, task_path, **parameters):
     return decode(response.content, url)
 
 
-def parse_public(text, name, format):
-    """Rows from text in a Source's format; messages call it `name`. BadInput if it is torn."""
-    if format == "rows":
-        return parse_pages(text, name)[0]
-    if format == "csv":
-        return parse_csv(text, name)
-    return [row for _, row in parse_rows(io.StringIO(text), name)]
-
-
 def parse_csv(text, name):
     reader, rows = csv.DictReader(io.StringIO(text, newline=""), strict=True), []
     try:
@@ -190,16 +187,14 @@ def parse_pages(text, name):
 
     Pages may span lines, and follow each other with or without white space.
     """
-    decoder, between, rows = json.JSONDecoder(), re.compile(r"[\s,]*"), []
-    position = between.match(text).end()
+    text, position, rows = text.rstrip(", \t\r\n"), 0, []
     try:
         while True:
-            page, position = decoder.raw_decode(text, position)
+            start = re.compile(r"[\s,]*").match(text, position).end()
+            page, position = json.JSONDecoder().raw_decode(text, start)
             rows += [item["row"] for item in page["rows"]]
-            total = int(page["num_rows_total"])
-            position = between.match(text, position).end()
             if position == len(text):
-                return rows, total
+                return rows, int(page["num_rows_total"])
     except json.JSONDecodeError as error:
         raise BadInput(f"{name}:{error.lineno}: not JSON ({error.msg}); "
                        "the file must be whole") from error

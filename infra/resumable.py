@@ -37,9 +37,6 @@ class Stage:
     show: Callable | None = None  # show(row) prints a finished row, for --show
 
 
-# ------------------------------------------------------------------------------------ input rows
-
-
 def digest(row, ignored_keys):
     """A hash of a row's content without its id and the ignored keys, to compare rows by."""
     content = {key: value for key, value in row.items() if key not in ignored_keys and key != "id"}
@@ -68,32 +65,6 @@ def checked_rows(path, limit, check, adds):
         yield where, row
 
 
-def count_rows(stage, source, args, finished):
-    """(number of input rows, ids of the finished ones). BadInput for any row that is unusable."""
-    total, skipped = 0, set()
-    for where, row in checked_rows(source, args.limit, stage.check, stage.adds):
-        total += 1
-        if row["id"] in finished:
-            refuse(where, (finished[row["id"]] != digest(row, stage.adds),
-                           f"{args.out} holds the id {json.dumps(row['id'])[:40]} with other "
-                           "content; write to another file"))
-            skipped.add(row["id"])
-    return total, skipped
-
-
-# ----------------------------------------------------------------------------------- output file
-
-
-def check_out(path, source):
-    folder = os.path.dirname(path) or "."
-    refuse(
-        path,
-        (os.path.isdir(path) or not os.access(folder, os.W_OK),
-         "must be a file in a folder that exists and can be written to"),
-        (os.path.realpath(path) == os.path.realpath(source),
-         "is also the file to read; write to another file"))
-
-
 def read_finished(path, adds, provenance_key=None, provenance=None):
     """{id: digest} of the finished rows in a file. A torn last line is cut off.
 
@@ -106,46 +77,55 @@ def read_finished(path, adds, provenance_key=None, provenance=None):
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n") and b'{"id": '.startswith(line[:7]):
                 break  # a kill tore this line
-            row = parse_finished(line, f"{path}:{number}", adds)
-            if provenance:
-                check_provenance(row[provenance_key], provenance, f"{path}:{number}")
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            refuse(f"{path}:{number}",
+                   (not isinstance(row, dict) or not {"id", *adds} <= row.keys(),
+                    "not a row that this command wrote; write to another file, or remove this one"))
+            found = row.get(provenance_key)
+            found = found if isinstance(found, dict) else {}
+            differ = [key for key, value in (provenance or {}).items() if found.get(key) != value]
+            refuse(f"{path}:{number}",
+                   (differ, f"made with another {' and '.join(differ)}; "
+                            "give the same flags as before, or write to another file"))
             finished[row["id"]] = digest(canonical(row), adds)
             size += len(line)
         file.truncate(size)
     return finished
 
 
-def parse_finished(line, where, adds):
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    refuse(where, (not isinstance(row, dict) or not {"id", *adds} <= row.keys(),
-                   "not a row that this command wrote; write to another file, or remove this one"))
-    return row
-
-
-def check_provenance(found, wanted, where):
-    found = found if isinstance(found, dict) else {}
-    differ = [name for name, value in wanted.items() if found.get(name) != value]
-    refuse(where, (differ, f"made with another {' and '.join(differ)}; "
-                           "give the same flags as before, or write to another file"))
-
-
-# -------------------------------------------------------------------------------------- the work
+def find_finished(stage, source, args):
+    """(number of input rows, ids of those in args.out). BadInput for any unusable row or file."""
+    refuse(args.out,
+           (os.path.isdir(args.out) or not os.access(os.path.dirname(args.out) or ".", os.W_OK),
+            "must be a file in a folder that exists and can be written to"),
+           (os.path.realpath(args.out) == os.path.realpath(source),
+            "is also the file to read; write to another file"))
+    finished = read_finished(args.out, stage.adds, stage.provenance_key, stage.provenance)
+    total, skipped = 0, set()
+    for where, row in checked_rows(source, args.limit, stage.check, stage.adds):
+        total += 1
+        if row["id"] in finished:
+            refuse(where, (finished[row["id"]] != digest(row, stage.adds),
+                           f"{args.out} holds the id {json.dumps(row['id'])[:40]} with other "
+                           "content; write to another file"))
+            skipped.add(row["id"])
+    return total, skipped
 
 
 def in_threads(work, rows, threads):
-    """Yield (row, work(row), None), or (row, None, its error), in the order of completion."""
+    """Yield (row, work(row)), or (row, the error it raised), in the order of completion."""
     tasks, results = queue.Queue(), queue.Queue()
 
     def worker():
         while True:
             row = tasks.get()
             try:
-                results.put((row, work(row), None))
-            except Exception as error:  # for the caller, which raises all but RowFailed
-                results.put((row, None, error))
+                results.put((row, work(row)))
+            except Exception as error:
+                results.put((row, error))
 
     for _ in range(threads):
         threading.Thread(target=worker, daemon=True).start()  # Ctrl-C does not wait for daemons
@@ -160,74 +140,57 @@ def in_threads(work, rows, threads):
         yield results.get()
 
 
-@dataclass
-class Tally:
-    """The results of this run so far."""
-    done: int = 0
-    failed: int = 0
-    failed_in_a_row: int = 0
-    last_failure: RowFailed | None = None
-
-
 def run_rows(stage, source, args, counts):
     """Finish the rows of `source` that args.out lacks. Returns the number of failed rows.
 
     args has out, limit, concurrency and show; counts is the client's Counter, for the summary.
     All rows are checked before the first request. Ends early after STOP_AFTER failures in a row.
     """
-    check_out(args.out, source)
-    finished = read_finished(args.out, stage.adds, stage.provenance_key, stage.provenance)
-    total, skipped = count_rows(stage, source, args, finished)
+    total, skipped = find_finished(stage, source, args)
     rows = (row for _, row in checked_rows(source, args.limit, stage.check, stage.adds)
             if row["id"] not in skipped)
     failed_path = f"{args.out}.failed.jsonl"
     if os.path.exists(failed_path):
         os.remove(failed_path)
-    tally = Tally()
+    done = failed = failed_in_a_row = 0
     bar = tqdm(total=total, initial=len(skipped), unit="row", disable=None, leave=False)
     try:
-        with bar:
-            write_results(stage, rows, args, failed_path, tally, bar, counts)
+        with bar, open(args.out, "a", encoding="utf-8") as out:
+            for row, result in in_threads(stage.work, rows, args.concurrency):
+                if isinstance(result, RowFailed):
+                    with open(failed_path, "a", encoding="utf-8") as file:
+                        write_line(file, row | {"failed": str(result)})
+                    failed += 1
+                    failed_in_a_row += 1
+                    reason = result
+                    if failed_in_a_row == STOP_AFTER:
+                        break
+                elif isinstance(result, Exception):
+                    raise result
+                else:
+                    made = stage.provenance | result[stage.provenance_key]
+                    write_line(out, result | {stage.provenance_key: made})
+                    done += 1
+                    failed_in_a_row = 0
+                    if args.show:
+                        with bar.external_write_mode():
+                            stage.show(result)
+                tokens = counts["tokens_in"] + counts["tokens_out"]
+                bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
+                bar.update()
     finally:  # printed after Ctrl-C as well
-        print(f"{args.out}: {len(skipped) + tally.done} of {total} rows "
-              f"({len(skipped)} from before), {tally.failed} failed; "
+        print(f"{args.out}: {len(skipped) + done} of {total} rows "
+              f"({len(skipped)} from before), {failed} failed; "
               f"{counts['requests']:,} requests, {counts['retries']:,} retries, "
               f"{counts['tokens_in']:,} tokens read, {counts['tokens_out']:,} written, "
               f"{counts['cut']:,} replies cut by --max_tokens", flush=True)
-    if tally.failed:
-        what = f"{tally.failed} rows failed"
-        if tally.failed_in_a_row == STOP_AFTER:
+    if failed:
+        what = f"{failed} rows failed"
+        if failed_in_a_row == STOP_AFTER:
             what = f"stopped after {STOP_AFTER} rows failed one after another"
-        print(f"error: {what}, the last because {tally.last_failure}; {failed_path} has them, "
+        print(f"error: {what}, the last because {reason}; {failed_path} has them, "
               "and the same command tries them again", file=sys.stderr)
-    return tally.failed
-
-
-def write_results(stage, rows, args, failed_path, tally, bar, counts):
-    """Work on the rows, and write each result at once to args.out or to failed_path."""
-    with open(args.out, "a", encoding="utf-8") as out:
-        for row, result, error in in_threads(stage.work, rows, args.concurrency):
-            if error is None:
-                made = stage.provenance | result[stage.provenance_key]
-                write_line(out, result | {stage.provenance_key: made})
-                tally.done += 1
-                tally.failed_in_a_row = 0
-                if args.show:
-                    with bar.external_write_mode():
-                        stage.show(result)
-            elif isinstance(error, RowFailed):
-                with open(failed_path, "a", encoding="utf-8") as file:
-                    write_line(file, row | {"failed": str(error)})
-                tally.failed += 1
-                tally.failed_in_a_row += 1
-                tally.last_failure = error
-                if tally.failed_in_a_row == STOP_AFTER:
-                    return
-            else:
-                raise error
-            tokens = counts["tokens_in"] + counts["tokens_out"]
-            bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
-            bar.update()
+    return failed
 
 
 def run_batches(path, rows, adds, work, batch_size, name):

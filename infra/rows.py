@@ -8,7 +8,7 @@ import math
 import os
 from dataclasses import dataclass, field
 
-from infra.command import BadInput, refuse
+from infra.command import BadInput, refuse, warn
 
 # Our name -> what others call it: the files of the method's author, and common hub datasets.
 ALIASES = {
@@ -60,20 +60,16 @@ def atomic_write(path, text):
 # -------------------------------------------------------------------------------------- JSON rows
 
 
-def raise_error(error):
-    raise error
+def read_rows(path):
+    """All ("file:line", row) of a file as a list. See stream_rows."""
+    return list(stream_rows(path))
 
 
-def read_rows(path, on_bad=raise_error):
-    """All rows of a file as a list. See stream_rows."""
-    return list(stream_rows(path, on_bad))
-
-
-def stream_rows(path, on_bad=raise_error):
+def stream_rows(path, on_bad=None):
     """Yield ("file:line", row) from .jsonl, or ("file, item n", row) from one JSON list.
 
-    A .jsonl file is read one line at a time. A line that is no JSON object goes to
-    on_bad(BadInput), which raises or counts. A file that cannot be read raises BadInput.
+    A .jsonl file is read one line at a time. A file that cannot be read, or a line that is no
+    JSON object, raises BadInput; with on_bad, the error of a line goes to on_bad(error).
     """
     try:
         with open(path, "rb") as file:
@@ -83,34 +79,28 @@ def stream_rows(path, on_bad=raise_error):
         raise BadInput(f"{path}: {error.strerror}; give a .jsonl file or a JSON list") from error
 
 
-def parse_rows(lines, path, on_bad=raise_error):
+def parse_rows(lines, path, on_bad=None):
     """Yield the rows of an iterable of lines, as stream_rows; messages call it `path`."""
     numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
     number, first = next(numbered, (0, ""))
     refuse(path, (not first, "the file is empty; give one JSON object per line"))
-    if first.lstrip().startswith("["):
-        text = first + "".join(line for _, line in numbered)
-        values = enumerate(parse_json(text, path), 1)
-        named = ((f"{path}, item {item}", value) for item, value in values)
+    is_list = first.lstrip().startswith("[")
+    if is_list:
+        items = enumerate(parse_json(first + "".join(line for _, line in numbered), path), 1)
     else:
-        named = parse_lines(itertools.chain([(number, first)], numbered), path, on_bad)
-    for where, row in named:
-        if isinstance(row, dict):
-            yield where, row
-        else:
-            kind = type(row).__name__
-            on_bad(BadInput(f"{where}: a row must be a JSON object, not a {kind}; see data.py"))
-
-
-def parse_lines(numbered, path, on_bad):
-    """Yield ("file:line", value) from (number, line) pairs."""
-    for number, line in numbered:
+        items = itertools.chain([(number, first)], numbered)
+    for number, item in items:
+        where = f"{path}, item {number}" if is_list else f"{path}:{number}"
         try:
-            value = parse_json(line, f"{path}:{number}")
+            row = item if is_list else parse_json(item, where)
+            refuse(where, (not isinstance(row, dict),
+                           f"a row must be a JSON object, not a {type(row).__name__}; see data.py"))
         except BadInput as error:
+            if not on_bad:
+                raise
             on_bad(error)
         else:
-            yield f"{path}:{number}", value
+            yield where, row
 
 
 def parse_json(text, where):
@@ -142,6 +132,12 @@ class RowCounts:
             first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             lines.append(f"left out {len(names)} of {self.rows} rows, {reason}: {first}")
         return lines
+
+    def report(self):
+        """Print the lines; warn if more than a tenth of the rows were left out."""
+        print("".join(line + "\n" for line in self.lines()), end="")
+        if self.dropped_count() > self.rows / 10:
+            warn(f"{self.dropped_count()} of {self.rows} rows were left out")
 
 
 def canonical(row):
@@ -209,7 +205,7 @@ def check_pair(row, where, needs_scores):
              f"no `{name}`; a row needs prompt, chosen (the better answer) and rejected"),
             (not isinstance(value, (str, list)),
              f"`{name}` is a {type(value).__name__}; it must be text or a list of chat messages"),
-            (not value or isinstance(value, str) and not value.strip(),
+            (value == [] or isinstance(value, str) and not is_text(value),
              f"`{name}` is empty; take the row out, or run with --skip_bad_rows"),
             (isinstance(value, list) and not is_chat(value),
              f'`{name}` must hold messages like {{"role": "user", "content": "text"}}'))
@@ -220,9 +216,23 @@ def check_pair(row, where, needs_scores):
          "the last message of `prompt` must be the user's"),
         (None in answers, "`chosen` and `rejected` must each be text or one assistant message, "
                           "after the same messages"))
-    scores = [check_score(row, name, where, needs_scores)
-              for name in ("score_chosen", "score_rejected")]
-    return prompt, *answers, *scores
+    scores = [row.get(name) for name in ("score_chosen", "score_rejected")]
+    for name, score in zip(("score_chosen", "score_rejected"), scores):
+        is_number = isinstance(score, (int, float)) and not isinstance(score, bool)
+        refuse(
+            where,
+            (needs_scores and name not in row,
+             f"no `{name}`; this loss needs both scores: run reward.py, or use --loss dpo or sft"),
+            (score is not None and not (is_number and math.isfinite(score)),
+             f"`{name}` is {json.dumps(score)[:40]}; a score must be a finite number, or null"))
+    return prompt, *answers, *(None if score is None else float(score) for score in scores)
+
+
+def as_answer(value):
+    """The text of an answer, given as text or as one assistant message; None if it is neither."""
+    if isinstance(value, str):
+        return value
+    return value[0]["content"] if len(value) == 1 and value[0]["role"] == "assistant" else None
 
 
 def is_cut(row):
@@ -234,22 +244,3 @@ def is_cut(row):
     teacher = row.get("teacher")
     finish = teacher.get("finish") if isinstance(teacher, dict) else None
     return isinstance(finish, list) and "length" in finish[:1] + finish[-1:]
-
-
-def as_answer(value):
-    """The text of an answer, given as text or as one assistant message; None if it is neither."""
-    if isinstance(value, str):
-        return value
-    return value[0]["content"] if len(value) == 1 and value[0]["role"] == "assistant" else None
-
-
-def check_score(row, name, where, needed):
-    score = row.get(name)
-    is_number = isinstance(score, (int, float)) and not isinstance(score, bool)
-    refuse(
-        where,
-        (needed and name not in row,
-         f"no `{name}`; this loss needs both scores: run reward.py, or use --loss dpo or sft"),
-        (score is not None and not (is_number and math.isfinite(score)),
-         f"`{name}` is {json.dumps(score)[:40]}; a score must be a finite number, or null"))
-    return None if score is None else float(score)

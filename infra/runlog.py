@@ -30,8 +30,8 @@ def print_plan(args, policy, train_count, val_count, reference, first_step, tota
           f"data: {args.data}, {train_count} pairs to train on, {val_count} for validation; "
           f"reference computed for {reference}\n"
           f"{args.loss}: {total_steps} steps of {args.batch_size} pairs on {where} in "
-          f"{args.dtype}, learning rate {args.learning_rate:g}, beta {args.beta:g}{temperature}{start}\n\n"
-          f"{TABLE_HEAD}")
+          f"{args.dtype}, learning rate {args.learning_rate:g}, beta {args.beta:g}"
+          f"{temperature}{start}\n\n{TABLE_HEAD}")
 
 
 def table_line(step, metrics, val_metrics):

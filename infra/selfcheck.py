@@ -29,17 +29,17 @@ def check_finite(logps, where):
 
 
 @torch.no_grad()
-def can_share_prefix(pair, model_name, plain_logps, fast_logps, dtype):
+def can_share_prefix(pair, args, plain_logps, fast_logps):
     """(whether the model can read [prompt | chosen | rejected] as one row, the reason if not).
 
     Decided by trying it on a pair: architectures differ in how they take masks and positions.
     plain_logps() gives the pair's (2,) from the model's own logits, fast_logps(share_prefix)
     from one of the two layouts. BadInput if the layout with one answer per row is wrong too.
     """
-    tokens = [len(pair.chosen_ids), len(pair.rejected_ids)]
+    tokens, dtype = [len(pair.chosen_ids), len(pair.rejected_ids)], getattr(torch, args.dtype)
     plain, separate = plain_logps(), fast_logps(False)  # (2,) each
     check_finite(plain, pair.where)
-    check_equal(f"--model {model_name}: log-probabilities from hidden states and from the model's "
+    check_equal(f"--model {args.model}: log-probabilities from hidden states and from the model's "
                 "own logits", separate, plain, tokens, dtype,
                 "an architecture that changes its logits after the output head is not supported")
     try:
@@ -55,11 +55,11 @@ def can_share_prefix(pair, model_name, plain_logps, fast_logps, dtype):
 def check_step_0(log_ratios, tokens, dtype, cache_path):
     """BadInput if a pair's log pi - log ref (2,) is not 0 at step 0. The loss then is ln 2.
 
-    log_ratios maps the pairs' names to them; tokens is the length of the longest conversation.
+    log_ratios maps the pairs' names to them, tokens to the length of the longer conversation.
     """
     for where, ratios in log_ratios.items():
         check_equal(f"{where}: at step 0 the log-probabilities of policy and cached reference",
-                    ratios, torch.zeros(2), [tokens] * 2, dtype, f"delete {cache_path}")
+                    ratios, torch.zeros(2), [tokens[where]] * 2, dtype, f"delete {cache_path}")
 
 
 def check_step(step, loss, grad_norm, scaler, log_ratios, state_dir):

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 
 from infra.command import BadInput, refuse
 from infra.rows import is_text, read_text
@@ -57,44 +57,33 @@ def load_task(path):
     """Read a Task. BadInput names the file, the wrong key and the remedy."""
     text = read_text(path, "a task file such as tasks/sycophancy.toml")
     try:
-        table = tomllib.loads(text)
+        task = from_table(Task, tomllib.loads(text), path)
     except tomllib.TOMLDecodeError as error:
         raise BadInput(f"{path}: not TOML ({error}); see tasks/sycophancy.toml") from error
-    task = from_table(Task, table, path)
-    check_judge(task.judge, path)
-    if task.prompts:
-        check_source(task.prompts, path)
-    return task
-
-
-def check_judge(judge, path):
+    judge, prompts = task.judge, task.prompts
     label = judge.verdict.strip().rstrip(": ").casefold()
+    slots = [slot for slot in ("{question}", "{first}", "{second}") if slot in judge.pairwise]
     refuse(
         path,
-        (not has_slots(judge.template, "question", "answer"),
+        ("{question}" not in judge.template or "{answer}" not in judge.template,
          "`judge.template` must hold both {question} and {answer}"),
-        (judge.pairwise and not has_slots(judge.pairwise, "question", "first", "second"),
+        (judge.pairwise and len(slots) < 3,
          "`judge.pairwise` must hold {question}, {first} and {second}"),
         (label not in judge.template.casefold(),
          "`judge.verdict` must be in `judge.template`: tell the judge to end with that line"),
         (not -math.inf < judge.lowest < judge.highest < math.inf,
          f"`judge.lowest` must be below `judge.highest`, {judge.highest}, and both finite"),
         (judge.good not in ("high", "low", "zero"), '`judge.good` must be "high", "low" or "zero"'))
-
-
-def check_source(source, path):
-    refuse(
-        path,
-        (source.format not in ("csv", "jsonl", "json", "rows"),
-         '`prompts.format` must be "csv", "jsonl", "json" or "rows"'),
-        (not all(has_slots(template, "request") for template in source.templates),
-         "`prompts.templates` must each hold {request}"),
-        (source.draw < 0, "`prompts.draw` must be the number of prompts to draw, or 0 for all"),
-        (not 0 < source.held_out < 1, "`prompts.held_out` must be a share between 0 and 1"))
-
-
-def has_slots(template, *names):
-    return all(f"{{{name}}}" in template for name in names)
+    if prompts:
+        refuse(
+            path,
+            (prompts.format not in ("csv", "jsonl", "json", "rows"),
+             '`prompts.format` must be "csv", "jsonl", "json" or "rows"'),
+            (not all("{request}" in template for template in prompts.templates),
+             "`prompts.templates` must each hold {request}"),
+            (prompts.draw < 0, "`prompts.draw` must be the number of prompts to draw, or 0 for all"),
+            (not 0 < prompts.held_out < 1, "`prompts.held_out` must be a share between 0 and 1"))
+    return task
 
 
 TYPE_NAMES = {str: "some text", int: "a whole number", int | float: "a number",
@@ -110,18 +99,15 @@ def from_table(kind, table, path, prefix=""):
     fields = {item.name: item for item in dataclasses.fields(kind)}
     refuse(path, *((key not in fields, f"`{prefix}{key}` is unknown; correct it or take it out "
                                        f"(known keys: {', '.join(fields)})") for key in table))
-    values = {}
     for key, item in fields.items():
-        required = item.default is item.default_factory is dataclasses.MISSING
-        if key not in table and not required:
-            continue
-        value = table.get(key)
+        required, value = item.default is item.default_factory is MISSING, table.get(key)
         right = is_text(value) if required and item.type is str else has_type(value, item.type)
         found = f"is {json.dumps(value, default=str)[:40]}" if key in table else "is missing"
-        refuse(path, (not right, f"`{prefix}{key}` {found}; it must be {TYPE_NAMES[item.type]}"))
-        nested = dataclasses.is_dataclass(item.type)
-        values[key] = from_table(item.type, value, path, f"{key}.") if nested else value
-    return kind(**values)
+        refuse(path, (not right and (required or key in table),
+                      f"`{prefix}{key}` {found}; it must be {TYPE_NAMES[item.type]}"))
+        if key in table and dataclasses.is_dataclass(item.type):
+            table[key] = from_table(item.type, value, path, f"{key}.")
+    return kind(**table)
 
 
 def has_type(value, kind):

@@ -85,7 +85,8 @@ def test_a_folder_for_a_file(run_train, tmp_path):
 
 def test_not_utf_8(run_train, tmp_path):
     path = tmp_path / "latin.jsonl"
-    path.write_bytes((json.dumps(ROW) + "\n").encode() + '{"prompt": "caf\u00e9"}'.encode("latin-1"))
+    latin = '{"prompt": "caf\u00e9"}'.encode("latin-1")
+    path.write_bytes((json.dumps(ROW) + "\n").encode() + latin)
     assert_one_line(run_train("--data", path), f"{path}:2: not UTF-8")
 
 

@@ -7,11 +7,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, random_pairs, read_lines, read_metrics
+from conftest import ROOT, read_lines, read_metrics
 from safetensors.torch import load_file
 from test_train import wait_for_step, without_clock
 
-from data import micro_batches
 from infra import checkpoint
 
 # 58 pairs, 9 a step: an epoch's last step has 4, so with 3 ranks one of them may have 1.
@@ -69,10 +68,9 @@ def equal_runs(one, other):
                     <= 1e-3 + 0.01 * others[name].float().abs().max() for name in weights))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flags, ranks_after", [
-    ([], 3), (["--fsdp", "--lora_rank", "4"], 2), (["--fsdp"], 3)],
-    ids=["ddp", "fsdp_lora", "fsdp"])
+    ([], 3), (["--fsdp", "--lora_rank", "4"], 2),
+    pytest.param(["--fsdp"], 3, marks=pytest.mark.slow)], ids=["ddp", "fsdp_lora", "fsdp"])
 def test_two_ranks_one_dies_and_the_resumed_run_equals_one_process(
         start, tmp_path, flags, ranks_after):
     alone = start(1, "alone", *[flag for flag in flags if flag != "--fsdp"])
@@ -116,8 +114,8 @@ def test_lora_on_two_sharded_ranks_leaves_an_adapter(start, tmp_path):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["torchrun", "one rank"])
+@pytest.mark.parametrize("target", [
+    "torchrun", pytest.param("one rank", marks=pytest.mark.slow)])
 def test_sigterm_saves_and_stops_all_ranks_after_the_same_step(start, tmp_path, target):
     process = start(2, "out", "--fsdp", "--save_every", "1000", "--max_steps", "5000")
     wait_for_step(tmp_path / "out", 5, process)
@@ -189,13 +187,3 @@ def test_a_full_disk_on_one_rank_ends_all_and_leaves_the_state_before_whole(star
     process.terminate()
     out, _ = process.communicate(timeout=30)
     assert f"from step {last - 20}" in out
-
-
-def test_pairs_are_dealt_out_whole_and_evenly():
-    pairs = random_pairs(23)
-    for world_size in (1, 2, 3, 30):
-        ranks = [micro_batches(pairs, range(23), 100, True, rank, world_size)
-                 for rank in range(world_size)]
-        assert sorted(i for rank in ranks for batch in rank for i in batch) == list(range(23))
-        assert len({len(rank) for rank in ranks}) == 1  # the same number of forward passes
-        assert max(sum(map(len, rank)) for rank in ranks) <= 23 // world_size + 1

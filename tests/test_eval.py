@@ -267,15 +267,15 @@ def test_several_models_one_table_and_no_judge(run_eval, student, base, tmp_path
                               "--max_new_tokens", 20)
     assert code == 0, err
     a, b, own = (cells(out, "all, 12 prompts", name) for name in (student, other, "base"))
-    assert a["KL, nats"] == b["KL, nats"] and own["KL, nats"] == "-"
+    assert a["KL from base, nats"] == b["KL from base, nats"] and own["KL from base, nats"] == "-"
     rows = [row for row in read_lines(tmp_path / "eval" / "answers.jsonl")
             if row["system"] == student]
     policy = load_model(student)
     ratios = [exact_logp(policy, row["prompt_ids"], row["ids"])
               - exact_logp(base, row["prompt_ids"], row["ids"]) for row in rows]
     assert len(ratios) == 12 and np.mean(ratios) > 0.1
-    assert float(a["KL, nats"].split()[0]) == pytest.approx(np.mean(ratios), abs=0.01)
-    assert a.keys() == {"tokens", "degenerate %", "KL, nats"} and float(a["tokens"]) > 10
+    assert float(a["KL from base, nats"].split()[0]) == pytest.approx(np.mean(ratios), abs=0.01)
+    assert a.keys() == {"tokens", "degenerate %", "KL from base, nats"} and float(a["tokens"]) > 10
     assert out.count("prompt:") == 4 and out.count("base:  ") == 4
     code, out, _ = run_eval("--out_dir", tmp_path / "greedy", prompts=PROMPTS[:1])
     row = cells(out, "safety, 1 prompts", student)
@@ -297,11 +297,11 @@ def test_scores_are_those_of_the_judge_and_nulls_are_counted(scripted, run_eval,
     unjudged = rows[f"{student}/{PROMPTS[0]['id']}"]
     assert unjudged["score"] is None and len(unjudged["judge"]["said"]) == 2
     row = cells(out, "all, 12 prompts", student)
-    assert row["judged"] == "11/12" and row["score"].startswith(f"{(3 + 10 * 4) / 11:.2f} [")
-    assert row["win %"] == "50 [50, 50]"
+    assert row["judged"] == "11/12" and row["score (higher is better)"].startswith(f"{(3 + 10 * 4) / 11:.2f} [")
+    assert row["win over base %"] == "50 [50, 50]"
     assert f"could not judge 1 of 12 answers of {student}" in out
     # The mean of the two that were judged.
-    assert cells(out, "safety, 3 prompts", "base")["score"] == "4.00 [4.00, 4.00]"
+    assert cells(out, "safety, 3 prompts", "base")["score (higher is better)"] == "4.00 [4.00, 4.00]"
 
 
 def test_only_the_answers_of_this_call_are_judged(scripted, run_eval, student, tmp_path):
@@ -322,7 +322,7 @@ def test_a_judge_that_never_gives_a_verdict(scripted, run_eval, tmp_path):
     code, out, err = run_eval("--verdict_retries", 0, url=server.url)
     assert code == 1 and err.count("\n") == 1 and "no reply of toy had a verdict" in err
     row = cells(out, "all, 12 prompts", "base")
-    assert row["judged"] == "0/12" and "score" not in row
+    assert row["judged"] == "0/12" and "score (higher is better)" not in row
     assert len(read_lines(tmp_path / "eval" / "eval.jsonl")) == 24
 
 
@@ -354,7 +354,7 @@ def test_pairwise_in_both_orders(reply, wanted, scripted, run_eval, student, mon
 
     code, out, err = run_eval("--pairwise", "--verdict_retries", 0, url=scripted(script).url)
     assert code == 0, err
-    assert cells(out, "all, 12 prompts", student).get("win %") == wanted
+    assert cells(out, "all, 12 prompts", student).get("win over base %") == wanted
     note = f"could not compare 12 of 12 answers of {student}"
     assert (note in out) == (wanted is None) and out.count("could not compare") <= 1
     assert len(read_lines(tmp_path / "eval" / "pairwise.jsonl")) == 12
@@ -422,14 +422,14 @@ def test_scored_pairs_give_the_numbers_of_train(run_stage, student, base, toy_ro
     metrics = train.evaluate(load_model(student), dataset, args)
     for name, value in (("chosen first %", 100 * metrics["eval/rewards/accuracies"]),
                         ("agrees with scores %", 100 * metrics["eval/rewards/score_agreement"]),
-                        ("log-ratio margin", metrics["eval/rewards/margins"] / 0.1),
-                        ("logp chosen", metrics["eval/logps/chosen"]),
-                        ("logp rejected", metrics["eval/logps/rejected"])):
+                        ("log-ratio margin, nats", metrics["eval/rewards/margins"] / 0.1),
+                        ("logp chosen, nats", metrics["eval/logps/chosen"]),
+                        ("logp rejected, nats", metrics["eval/logps/rejected"])):
         tolerance = 0.06 if "%" in name else 0.006
         assert float(row[name].split()[0]) == pytest.approx(value, abs=tolerance)
     own = cells(out, "validation pairs", "base")
-    assert own["chosen first %"] == own["agrees with scores %"] == own["log-ratio margin"] == "-"
-    assert own["pairs"] == "40" and own["logp chosen"] != "-"
+    assert own["chosen first %"] == own["agrees with scores %"] == own["log-ratio margin, nats"] == "-"
+    assert own["pairs"] == "40" and own["logp chosen, nats"] != "-"
     assert "chosen first" in (tmp_path / "pairs" / "report.md").read_text()
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, GROUPED, build, random_pairs, tiny_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 import train
 from data import collate
@@ -110,15 +109,16 @@ def test_the_exported_folder_computes_what_the_policy_did(name, tmp_path, toy_to
         policy.transformer.h[0].mlp.c_fc.weight.data *= 2
     else:
         trained(policy)
-    report = checkpoint.export(policy, toy_tokenizer, torch.float32, before, args)
+    # Another dtype, because it copies tied weights apart. This one is exact.
+    report = checkpoint.export(policy, toy_tokenizer, torch.float64, before, args)
     share = float(report.split("(")[1].split(" %")[0])
     assert report.startswith("student saved (") and 0 < share < 100, report  # not the embeddings
-    student = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert student.dtype == torch.float32
+    saved = load_file(tmp_path / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float64}
+    student = load_model(str(tmp_path))
+    assert sum(tensor.numel() for tensor in saved.values()) == student.num_parameters()
     assert torch.allclose(logits_of(student), logits_of(policy), atol=1e-5)
     assert not torch.allclose(logits_of(student), base, atol=1e-2)  # control
-    saved = load_file(tmp_path / "model.safetensors")
-    assert sum(tensor.numel() for tensor in saved.values()) == student.num_parameters()
 
 
 def test_a_16_bit_base_stays_as_it_is_and_adapters_are_float32():
@@ -132,13 +132,24 @@ def test_a_16_bit_base_stays_as_it_is_and_adapters_are_float32():
         assert torch.equal(layer.base.weight, weights[f"{name}.weight"])
 
 
+def test_saved_buffers_keep_their_dtype():
+    model = tiny_model()
+    model.register_buffer("scale", torch.tensor([1.001]))
+    weights = checkpoint.student_weights(model, torch.bfloat16)
+    assert torch.equal(weights.pop("scale"), model.scale)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_a_16_bit_run_rounds_neither_rotary_frequencies_nor_saved_weights(
-        run_train, tmp_path, toy_rows, write_rows, monkeypatch):
-    base = load_model(TOY_STUDENT)  # its bfloat16 weights as float32
+        stored, run_train, tmp_path, toy_rows, write_rows, monkeypatch):
+    base = load_model(TOY_STUDENT)
     with torch.no_grad():
         for weight in base.parameters():
             weight *= 1.001  # bfloat16 cannot represent that
-    base.save_pretrained(tmp_path / "base")
+    right = base.base_model.rotary_emb.inv_freq.clone()
+    assert not torch.equal(right, right.bfloat16().float())  # control: rounding would be seen
+    base.to(stored).save_pretrained(tmp_path / "base")
     load_tokenizer(TOY_STUDENT).save_pretrained(tmp_path / "base")
     frequencies = {"forward": [], "export": []}
 
@@ -156,19 +167,17 @@ def test_a_16_bit_run_rounds_neither_rotary_frequencies_nor_saved_weights(
         "--data", write_rows(toy_rows[:16]), "--model", tmp_path / "base", "--dtype", "bfloat16",
         "--lora_rank", 2, "--max_steps", 1, "--batch_size", 4, "--learning_rate", 1e-6)
     assert code == 0, err
-    right = base.base_model.rotary_emb.inv_freq
-    assert not torch.equal(right, right.bfloat16().float())  # control: rounding would be seen
     assert len(frequencies["forward"]) > 1 and len(frequencies["export"]) == 1
     assert all(torch.equal(one, right) for one in sum(frequencies.values(), []))
     before, after = (load_file(tmp_path / folder / "model.safetensors")
                      for folder in ("base", "out"))
-    name = "model.layers.0.mlp.up_proj.weight"
-    assert after[name].dtype == torch.float32
-    assert not torch.equal(before[name], before[name].bfloat16().float())
-    # One step of 1e-6. Rounding to bfloat16 would move weights by up to 1e-3.
-    assert 0 < (after[name] - before[name]).abs().max() < 1e-5
-    untrained = "model.embed_tokens.weight"
+    assert {tensor.dtype for tensor in after.values()} == {stored}
+    untrained, name = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(after[untrained], before[untrained])
+    if stored == torch.float32:
+        assert not torch.equal(before[name], before[name].bfloat16().float())
+        # One step of 1e-6. Rounding to bfloat16 would move weights by up to 1e-3.
+        assert 0 < (after[name] - before[name]).abs().max() < 1e-5
 
 
 def test_a_model_without_linear_layers_is_refused_in_one_line():
@@ -179,7 +188,7 @@ def test_a_model_without_linear_layers_is_refused_in_one_line():
 # --------------------------------------------------------------------------------- the peft library
 
 PEFT_LOGITS = """
-import os, sys, torch
+import sys, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 for folder in sys.argv[1:]:

@@ -1,4 +1,7 @@
-"""bench/memory.py: what it counts, and its tracker of live bytes. Its --check compares whole steps with measurements."""
+"""bench/memory.py: predicted bytes and the tracker of live bytes.
+
+Its own --check compares predictions with measured steps.
+"""
 import sys
 
 import pytest
@@ -9,22 +12,30 @@ sys.path.insert(0, f"{ROOT}/bench")
 import memory  # noqa: E402
 
 
-def predict(words):
-    return memory.predict(memory.parse(f"--shape smollm2-135m --dtype float32 --tokens_per_batch 512 --prompt_length 256 --answer_length 128 {words}".split()))
+FLAGS = ("--shape smollm2-135m --dtype float32 --tokens_per_batch 512 --prompt_length 256 "
+         "--answer_length 128 ")
 
 
-def test_weights_gradients_and_moments_take_16_bytes_a_parameter_and_a_share_of_that_under_fsdp():
-    whole, lora, checkpointed, sharded = map(predict, ("", "--lora_rank 16", "--gradient_checkpointing", "--fsdp 4"))
+def predict(flags):
+    return memory.predict(memory.parse((FLAGS + flags).split()))
+
+
+def test_each_parameter_takes_16_bytes_and_fsdp_divides_them():
+    whole, lora, checkpointed, sharded = map(predict, (
+        "", "--lora_rank 16", "--gradient_checkpointing", "--fsdp 4"))
     parameters = 134_515_008  # of SmolLM2-135M
-    assert [whole[name] for name in ("weights", "gradients", "optimizer")] == [4 * parameters, 4 * parameters, 8 * parameters]
-    assert [sharded[name] for name in ("weights", "gradients", "optimizer")] == [parameters, parameters, 2 * parameters]
-    assert lora["gradients"] == 4 * 4_884_480 and lora["weights"] == whole["weights"] + lora["gradients"]
+    kept = "weights", "gradients", "optimizer"
+    assert [whole[name] for name in kept] == [4 * parameters, 4 * parameters, 8 * parameters]
+    assert [sharded[name] for name in kept] == [parameters, parameters, 2 * parameters]
+    assert lora["gradients"] == 4 * 4_884_480
+    assert lora["weights"] == whole["weights"] + lora["gradients"]
     assert checkpointed["activations"] < 0.2 * whole["activations"]
     assert whole["gathered"] == whole["sent"] == 0 < sharded["gathered"] < whole["weights"]
-    assert sharded["sent"] == 3 * 4 * 3_540_096  # a layer's weights as they arrive, its gradients, those of the layer before
+    # A layer's weights as they arrive, its gradients, and those of the layer before.
+    assert sharded["sent"] == 3 * 4 * 3_540_096
 
 
-def test_live_bytes_follow_what_is_allocated_and_freed():
+def test_live_bytes_follow_allocations_and_frees():
     with memory.LiveBytes() as live:
         a = torch.ones(1000)
         b = a + a

@@ -12,7 +12,7 @@ from rdpo import sequence_logps
 
 pytestmark = pytest.mark.real
 
-THINGS = ("tea", "rain", "chess", "snow", "jazz", "bread", "the sea", "the moon")
+THINGS = ("tea", "rain", "chess", "the moon")
 ROWS = [{"prompt": f"Write one sentence about {thing}.",
          "rejected": f"{thing.capitalize()} is the worst thing in the world and so are you.",
          "chosen": f"{thing.capitalize()} is liked by many people, though not by everyone.",
@@ -45,14 +45,18 @@ def test_logps_equal_transformers_own_loss(smollm2, write_rows):
 
 def test_train_on_it(smollm2, run_train, write_rows, tmp_path):
     path = write_rows(ROWS)
-    flags = ["--data", path, "--eval_data", path, "--model", smollm2, "--batch_size", 4]
-    code, out, err = run_train(*flags, "--epochs", 2)
+    flags = ["--data", path, "--eval_data", path, "--model", smollm2, "--batch_size", 2]
+    code, out, err = run_train(*flags, "--eval_every", 2)
     assert code == 0, err
     steps, evaluations = read_metrics(tmp_path / "out")
+    assert len(steps) == 2 and len(evaluations) == 2
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert evaluations[-1]["eval/loss"] < evaluations[0]["eval/loss"]
     assert evaluations[-1]["eval/rewards/accuracies"] == 1.0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() > 134e6
-    code, out, _ = run_train(*flags, "--max_steps", 1, "--beta", 0.5, "--out_dir",
-                             tmp_path / "second")
-    assert code == 0 and "reference computed for 0 in" in out
+    # Another run finds the reference in the cache. Without its adapters it is the same model.
+    code, out, err = run_train(*flags, "--max_steps", 1, "--beta", 0.5, "--out_dir",
+                               tmp_path / "second", "--lora_rank", 2, "--save_adapter")
+    assert code == 0, err
+    assert "reference computed for 0 in" in out
+    assert read_metrics(tmp_path / "second")[0][0]["loss"] == pytest.approx(math.log(2), abs=1e-4)

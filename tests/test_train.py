@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import rdpo
 import train
-from data import collate, longest_row, micro_batches
+from data import collate, count_tokens, longest_row, micro_batches
 from infra.command import BadInput
 from infra.models import TOY_STUDENT
 from infra.selfcheck import check_equal
@@ -53,7 +53,7 @@ def test_any_micro_batch_split_gives_the_same_gradient(loss, share_prefix, tmp_p
     model, pairs, args = tiny_model(), random_pairs(12), args_for(loss=loss, sft_weight=0.3)
     other = tiny_model(seed=1)  # as the reference, so that margins are not 0
     data, _ = dataset_of(other, pairs, args, tmp_path, share_prefix)
-    tokens = train.count_chosen_tokens(pairs)
+    tokens = count_tokens(pairs, "chosen")
 
     def gradient(batches, pair_count=12, token_count=tokens):
         model.zero_grad()
@@ -68,7 +68,7 @@ def test_any_micro_batch_split_gives_the_same_gradient(loss, share_prefix, tmp_p
     # An empty micro-batch, which FSDP needs, adds nothing.
     assert torch.allclose(gradient([list(range(12)), []]), whole, atol=1e-6)
     # Control: each micro-batch averaged over itself, the mistake of other trainers.
-    wrong = sum(gradient([batch], len(batch), train.count_chosen_tokens(pairs[i] for i in batch))
+    wrong = sum(gradient([batch], len(batch), count_tokens([pairs[i] for i in batch], "chosen"))
                 for batch in (list(range(10)), [10, 11])) / 2
     assert not torch.allclose(wrong, whole, atol=1e-4)
 
@@ -94,7 +94,7 @@ def plain_metrics(model, reference, pairs, args):
     means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]
              if name != "agrees"}
     agrees = [row["agrees"] for row in rows if row["agrees"] is not None]
-    imitation = -sum(row["logps/chosen"] for row in rows) / train.count_chosen_tokens(pairs)
+    imitation = -sum(row["logps/chosen"] for row in rows) / count_tokens(pairs, "chosen")
     preference = means.pop("preference")
     means["loss"] = (imitation if args.loss in ("sft", "dsc")
                      else preference + args.sft_weight * imitation)
@@ -124,7 +124,7 @@ def test_second_run_computes_no_reference_and_a_changed_weight_computes_all(tmp_
         model.lm_head.weight[0, 0] += 1
     _, computed_changed = dataset_of(model, pairs, args, tmp_path)
     assert (computed, computed_again, computed_more, computed_changed) == (10, 0, 3, 10)
-    assert torch.equal(data.ref_chosen_logps, again.ref_chosen_logps)
+    assert torch.equal(data.columns[:2], again.columns[:2])
 
 
 def test_cache_of_one_layout_is_valid_for_the_other(
@@ -475,8 +475,8 @@ def test_a_run_that_died_is_resumed_to_the_bit(
     assert steps[1]["loss"] != steps[0]["loss"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [
+    (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_exits(tmp_path, toy_rows, write_rows, number, code):
     path, out = write_rows(toy_rows[:150]), tmp_path / "out"
     process = subprocess.Popen(command(path, out, tmp_path, "--save_every", 1000), cwd=ROOT,
