@@ -52,18 +52,24 @@ def generate_turns(model, tokenizer, rows, task, args):
             prompts = [as_messages(prompt) + [{"role": "assistant", "content": answer.text},
                                               {"role": "user", "content": request}]
                        for prompt, answer in zip(prompts, turns[-1])]
-        prompt_ids = []
-        try:
-            for row, prompt in zip(rows, prompts):
-                prompt_ids.append(encode_prompt(tokenizer, prompt))
-        except TemplateError as error:
-            raise BadInput(f"{tokenizer.name_or_path}: its chat template refuses the prompt of row "
-                           f"{row['row']!r:.40}: {error}") from error
+        prompt_ids = [encode(tokenizer, prompt, row) for prompt, row in zip(prompts, rows)]
         # A row has the same seed for all systems: where two of them agree, so do their samples.
         seeds = [zlib.crc32(f"{args.seed} {len(turns)} {row['row']}".encode()) for row in rows]
         turns.append(generate(model, tokenizer, prompt_ids, args.max_new_tokens,
                               args.temperature, seeds, args.batch_size))
     return turns
+
+
+def encode(tokenizer, prompt, row):
+    refuse(tokenizer.name_or_path, (
+        isinstance(prompt, list) and not tokenizer.chat_template,
+        "its tokenizer has no chat template, which --self_refine and prompts that are lists of "
+        "messages need; give an instruct model, or plain-text prompts"))
+    try:
+        return encode_prompt(tokenizer, prompt)
+    except TemplateError as error:
+        raise BadInput(f"{tokenizer.name_or_path}: its chat template refuses the prompt of row "
+                       f"{row['row']!r:.40}: {error}") from error
 
 
 def answer_rows(path, system, model, tokenizer, rows, task, args):
@@ -74,11 +80,10 @@ def answer_rows(path, system, model, tokenizer, rows, task, args):
     settings = {"weights": reference_fingerprint(model, str(model.dtype)),
                 "temperature": args.temperature, "seed": args.seed,
                 "max_new_tokens": args.max_new_tokens}
-    if task:
-        settings["asked"] = [task.critique, task.revision]
+    settings |= {"asked": [task.critique, task.revision]} if task else {}
+    keys = ("behaviour", "prompt", "question")
     rows = [{"id": f"{system}/{row['id']}", "row": row["id"], "system": system,
-             "made_with": settings}
-            | {key: row[key] for key in ("behaviour", "prompt", "question") if key in row}
+             "made_with": settings} | {key: row[key] for key in keys if key in row}
             for row in rows]
 
     def answer(batch):
@@ -215,32 +220,29 @@ def cell(form, statistic, *columns):
 # -------------------------------------------------------------------------------------- the table
 
 
-def columns_of(system, answers, scores, wins, kl):
-    """{measurement: (N,)} of a system's answers; nan is unknown."""
-    own, base = ({"score": np.array([scores.get(row["id"]) for row in rows], dtype=float),
-                  "tokens": np.array([len(row["ids"]) for row in rows], dtype=float)}
-                 for rows in (answers[system], answers["base"]))
-    gap = own["score"] - (np.nan if system == "base" else base["score"])
-    win = (1 + np.sign(gap)) / 2  # a tie is half a win
-    if wins is not None:
-        win = np.array([wins.get(row["id"]) for row in answers[system]], dtype=float)
-    return own | {"gap": gap, "win": win, "longer": own["tokens"] - base["tokens"],
-                  "degenerate": np.array([bool(fault(row)) for row in answers[system]]),
-                  "kl": kl.get(system, np.full(len(gap), np.nan))}
+def answer_cells(args, rows, base_rows, scores, wins, kl):
+    """{measurement: cell} of one system's answers. A new measurement goes here.
 
+    scores, wins and kl map the id of a row to a number; one that is missing or None is unknown.
+    """
+    def column(numbers, rows):  # (N,), nan is unknown
+        return np.array([numbers.get(row["id"]) for row in rows], dtype=float)
 
-def answer_cells(column, judged):
-    """{measurement: cell} of a system's columns on some prompts. A new measurement goes here."""
-    scores, gaps, longer = column["score"], column["gap"], column["longer"]
-    lengths_differ = len(set(longer[~np.isnan(gaps)])) > 1
-    return {"judged": f"{np.isfinite(scores).sum()}/{len(scores)}" if judged else "-",
-            "score (higher is better)": cell(".2f", mean, scores),
-            "win over base %": cell(".0f", mean, 100 * column["win"]),
+    lengths = {row["id"]: len(row["ids"]) for row in rows + base_rows}
+    score, tokens = column(scores, rows), column(lengths, rows)
+    # The base has no gain over itself.
+    gap = score - (np.nan if rows == base_rows else column(scores, base_rows))
+    longer = tokens - column(lengths, base_rows)
+    lengths_differ = len(set(longer[~np.isnan(gap)])) > 1
+    win = column(wins, rows) if args.pairwise else (1 + np.sign(gap)) / 2  # a tie is half a win
+    return {"judged": f"{np.isfinite(score).sum()}/{len(rows)}" if args.base_url else "-",
+            "score (higher is better)": cell(".2f", mean, score),
+            "win over base %": cell(".0f", mean, 100 * win),
             "score gain at equal length":
-                cell("+.2f", equal_length, gaps, longer) if lengths_differ else "-",
-            "tokens": f"{column['tokens'].mean():.1f}",
-            "degenerate %": f"{100 * column['degenerate'].mean():.1f}",
-            "KL from base, nats": cell(".2f", mean, column["kl"])}
+                cell("+.2f", equal_length, gap, longer) if lengths_differ else "-",
+            "tokens": f"{tokens.mean():.1f}",
+            "degenerate %": f"{100 * np.mean([fault(row) != '' for row in rows]):.1f}",
+            "KL from base, nats": cell(".2f", mean, column(kl, rows))}
 
 
 def pair_cells(pairs, logps, reference):
@@ -259,15 +261,15 @@ def pair_cells(pairs, logps, reference):
             "logp rejected, nats": cell(".2f", mean, rejected)}
 
 
-def notes_on(args, answers, columns):
+def notes_on(args, answers, scores, wins):
     """The notes below the table, one sentence per line."""
     lines = ["[low, high]: 95 % bootstrap interval over prompts or pairs"]
     for name, rows in answers.items():
-        unknown = {key: np.isnan(columns[name][key]).sum() for key in ("score", "win")}
-        if args.base_url and unknown["score"]:
-            lines.append(f"could not judge {unknown['score']} of {len(rows)} answers of {name}")
-        if args.pairwise and unknown["win"] and name != "base":
-            lines.append(f"could not compare {unknown['win']} of {len(rows)} answers of {name}")
+        for verb, asked, numbers in (("judge", args.base_url, scores),
+                                     ("compare", args.pairwise and name != "base", wins)):
+            unknown = sum(numbers.get(row["id"]) is None for row in rows)
+            if asked and unknown:
+                lines.append(f"could not {verb} {unknown} of {len(rows)} answers of {name}")
         kinds = Counter(filter(None, map(fault, rows)))
         if kinds:
             text = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
@@ -307,7 +309,6 @@ def get_args(argv):
     parser.set_defaults(limit=None, show=False)  # run_rows judges all rows, silently
     args = parser.parse_args(argv)
     args.students = [folder.rstrip("/") for folder in args.students]
-    names = ["base", *args.students]
     refuse(
         "",
         (not args.curves and not (args.students and (args.prompts or args.data)),
@@ -316,9 +317,9 @@ def get_args(argv):
          "--base_url needs --task or --endpoint, with --prompts and --judge_model"),
         (args.pairwise and (not args.base_url or args.endpoint),
          "--pairwise needs --base_url with an LLM as the judge, not --endpoint"),
-        ((args.self_refine or args.pairwise) and not (args.task and args.prompts),
-         "--self_refine and --pairwise need --task and --prompts"),
-        (len(set(names)) < len(names),
+        (args.self_refine and not (args.task and args.prompts),
+         "--self_refine needs --task and --prompts"),
+        (len({"base", *args.students}) <= len(args.students),
          "--model names a folder twice, or one called base; give each once, under another name"),
         (os.path.exists(args.out_dir) and not os.path.isdir(args.out_dir),
          f"--out_dir {args.out_dir}: is a file; give a folder"))
@@ -327,14 +328,12 @@ def get_args(argv):
 
 def load_inputs(args):
     """(task, rows, pairs, {folder: tokenizer}, notes), all checked before anything is computed."""
-    task, rows, pairs, notes = None, [], [], []
-    if args.task:
-        task = load_task(args.task)
-        refuse(args.task, (args.pairwise and not task.judge.pairwise,
-                           "no `judge.pairwise`, which --pairwise needs; see "
-                           "tasks/sycophancy.toml"))
+    task = load_task(args.task) if args.task else None
+    refuse(args.task, (args.pairwise and not task.judge.pairwise,
+                       "no `judge.pairwise`, which --pairwise needs; see tasks/sycophancy.toml"))
     if args.base_url:
         Client(args)  # raises for a wrong address or a missing key
+    rows, pairs, notes = [], [], []
     if args.prompts:
         rows = [row for _, row in checked_rows(args.prompts, None, check_prompt, ())]
     tokenizers = {folder: load_tokenizer(folder) for folder in (args.base_model, *args.students)}
@@ -342,30 +341,23 @@ def load_inputs(args):
     if args.data:
         pairs, counts = load_pairs(args.data, base, args.max_length, needs_scores=False)
         notes = counts.lines()
-    has_chats = any(isinstance(row["prompt"], list) for row in rows)
-    for folder, tokenizer in tokenizers.items():
-        refuse(
-            f"--model {folder}",
-            (tokenizer.get_vocab() != base.get_vocab(),
-             f"its vocabulary is not that of --base_model {args.base_model}; give the model that "
-             "it was trained from"),
-            (not tokenizer.chat_template and (has_chats or args.self_refine and tokenizer is base),
-             "its tokenizer has no chat template, which --self_refine and prompts that are lists "
-             "of messages need; give an instruct model, or plain-text prompts"))
+    for folder in args.students:
+        refuse(f"--model {folder}", (
+            tokenizers[folder].get_vocab() != base.get_vocab(),
+            f"its vocabulary is not that of --base_model {args.base_model}; give the model that "
+            "it was trained from"))
         warn_of_overlap(folder, args.prompts, [row["prompt"] for row in rows])
         warn_of_overlap(folder, args.data, [pair.prompt for pair in pairs])
     return task, rows, pairs, tokenizers, notes
 
 
 def run_models(args, task, rows, pairs, tokenizers):
-    """({system: rows of answers.jsonl}, {student: KL, (N,)}, {model: pair_logps}), base last.
-
-    One model in memory at a time. The base is last: KL needs its view of the students' answers.
-    """
+    """({system: rows of answers.jsonl}, {row id: log-ratio to the base}, {model: pair_logps})."""
     path = os.path.join(args.out_dir, "answers.jsonl")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     longest = max(map(longest_row, pairs), default=0)
     answers, sampled, kl, logps = {}, {}, {}, {}
+    # One model in memory at a time. The base is last: KL needs its view of the students' answers.
     for name, folder in [*zip(args.students, args.students), ("base", args.base_model)]:
         model = None  # frees the one before
         model = load_model(folder, "auto" if device == "cuda" else torch.float32).to(device)
@@ -377,11 +369,12 @@ def run_models(args, task, rows, pairs, tokenizers):
         if rows:
             answers[name] = answer_rows(path, name, model, tokenizers[folder], rows, None, args)
         if rows and args.temperature == 1 and name != "base":
-            sampled[name] = [Answer(row["answer"], row["finish"], row["prompt_ids"], row["ids"])
-                             for row in answers[name]]
-            kl[name] = answer_logps(model, sampled[name])
-    for name in kl:
-        kl[name] = (kl[name] - answer_logps(model, sampled[name])).double().numpy()
+            texts = [Answer(row["answer"], row["finish"], row["prompt_ids"], row["ids"])
+                     for row in answers[name]]
+            sampled[name] = texts, answer_logps(model, texts)
+    for name, (texts, student_logps) in sampled.items():
+        log_ratios = student_logps - answer_logps(model, texts)
+        kl |= zip((row["id"] for row in answers[name]), log_ratios.tolist())
     if args.self_refine:
         answers[REFINED] = answer_rows(path, REFINED, model, tokenizers[folder], rows, task, args)
     return answers, kl, logps
@@ -399,7 +392,7 @@ def main(argv=None):
     answers, kl, logps = run_models(args, task, rows, pairs, tokenizers)
 
     # The judge: a score per answer and, with --pairwise, whether it wins over the base's.
-    scores, wins, failed, failed_pairs = {}, None, 0, 0
+    scores, wins, failed = {}, {}, 0
     if args.base_url:
         asked = [row for own in answers.values() for row in own]
         scores, failed = judge_rows(args, task, asked, "eval.jsonl", "score")
@@ -409,32 +402,34 @@ def main(argv=None):
                  for name, own in answers.items() if name != "base"
                  for row, base in zip(own, answers["base"])]
         wins, failed_pairs = judge_rows(args, task, asked, "pairwise.jsonl", "win")
+        failed += failed_pairs
 
     # The table: a block per behaviour, one for all of them, and one for the pairs.
     answers = {name: answers[name] for name in ("base", REFINED, *args.students) if name in answers}
-    columns = {name: columns_of(name, answers, scores, wins, kl) for name in answers}
-    groups, blocks = {}, {}
+    groups, blocks = {}, {}  # behaviour -> indices of its rows
     for i, row in enumerate(rows):
         behaviour = str(row.get("behaviour", task.name if task else "answers"))
         groups.setdefault(one_line(behaviour), []).append(i)
     if len(groups) > 1:
-        groups["all"] = list(range(len(rows)))
+        groups["all"] = range(len(rows))
     for behaviour, indices in groups.items():
+        chosen = {name: [own[i] for i in indices] for name, own in answers.items()}
         blocks[f"{behaviour}, {len(indices)} prompts"] = {
-            name: answer_cells({key: values[indices] for key, values in own.items()}, args.base_url)
-            for name, own in columns.items()}
+            name: answer_cells(args, own, chosen["base"], scores, wins, kl)
+            for name, own in chosen.items()}
     if pairs:
         blocks[f"validation pairs of {args.data}"] = {
             name: pair_cells(pairs, logps[name], logps["base"])
             for name in ("base", *args.students)}
-    text = "\n".join([table(blocks), "", *notes_on(args, answers, columns), *data_notes])
+    text = "\n".join([table(blocks), "", *notes_on(args, answers, scores, wins), *data_notes])
     print("\n" + text)
 
-    # The report: the table, the prompts whose scores differ most, and random ones.
+    # The report shows the four prompts whose scores differ most, then four random ones.
     report = f"# Evaluation\n\n{indented(text)}\n"
     if rows:
-        scores_of = np.stack([own["score"] for own in columns.values()])  # (systems, N)
-        spread = np.nan_to_num(scores_of.max(0) - scores_of.min(0))
+        numbers = np.array([[scores.get(row["id"]) for row in own] for own in answers.values()],
+                           dtype=float)  # (systems, N), nan is unknown
+        spread = np.nan_to_num(np.ptp(numbers, axis=0))  # (N,)
         order = np.random.default_rng(args.seed).permutation(len(rows))
         shown = dict.fromkeys([*order[np.argsort(-spread[order], kind="stable")][:4], *order[:4]])
         sides = side_by_side(
@@ -444,12 +439,12 @@ def main(argv=None):
             print("\n" + sides)
         report += f"\n## Answers side by side\n\n{indented(sides)}"
     atomic_write(os.path.join(args.out_dir, "report.md"), report)
-    if scores and all(score is None for score in scores.values()):
-        print(f"error: no reply of {args.model} had a verdict; {args.out_dir}/eval.jsonl has "
-              "the replies: do --task and --prompts match, is --max_tokens large enough?",
+    if scores and np.isnan(numbers).all():
+        print(f"error: no reply of {args.model} had a verdict; {args.out_dir}/eval.jsonl has the "
+              "replies: do --task and --prompts match, is --max_tokens large enough?",
               file=sys.stderr)
         failed = True
-    sys.exit(1 if failed or failed_pairs else 0)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

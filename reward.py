@@ -192,12 +192,12 @@ def show_row(row):
     print(f"-------- question\n{printable(question_of(row))}")
     for name in ("rejected", "chosen"):
         print(f"-------- {name}, score {row['score_' + name]}\n{printable(as_answer(row[name]))}")
-        for attempt in attempts_in(row, name):
-            print(f"-------- the judge, finish {attempt['finish']}, verdict {attempt['verdict']}\n"
-                  f"{printable(attempt['reply'].strip())}")
+        for reply in replies_in(row, name):
+            print(f"-------- the judge, finish {reply['finish']}, verdict {reply['verdict']}\n"
+                  f"{printable(reply['reply'].strip())}")
 
 
-def attempts_in(row, name):
+def replies_in(row, name):
     """The judge's replies about one answer; none from a reward model."""
     return row["judge"][name] if isinstance(row["judge"][name], list) else []
 
@@ -208,9 +208,9 @@ def report(path):
     for _, row in stream_rows(path):
         for name in ("chosen", "rejected"):
             scores.append(row["score_" + name])
-            attempts = attempts_in(row, name)
-            verdicts = [a["verdict"] for a in attempts if a["verdict"] is not None]
-            unread += [a["finish"] for a in attempts if a["verdict"] is None]
+            replies = [(reply["verdict"], reply["finish"]) for reply in replies_in(row, name)]
+            unread += [finish for verdict, finish in replies if verdict is None]
+            verdicts = [verdict for verdict, _ in replies if verdict is not None]
             if len(verdicts) > 1:
                 spreads.append(statistics.pstdev(verdicts))
     gaps = [chosen - rejected for chosen, rejected in zip(scores[::2], scores[1::2])

@@ -191,7 +191,8 @@ def choose_layout(policy, pairs, args):
 
     with autocast(args):
         works, reason = dist.broadcast(selfcheck.can_share_prefix(
-            pair, args, lambda: plain_sequence_logps(policy, [pair]), fast_logps))
+            pair, policy.name_or_path, lambda: plain_sequence_logps(policy, [pair]), fast_logps,
+            getattr(torch, args.dtype)))
     if not works:
         print(f"layout: one answer per row; the model cannot share a prompt ({reason})")
     return works
@@ -217,9 +218,8 @@ def main(argv=None):
     policy = models.load_model(model_name, dtype="auto")
     saved_dtype = policy.dtype
     weights_before = models.sample_weights(dict(policy.named_parameters()))
-    if args.lora_rank:
-        models.cast_weights(policy, torch.promote_types(saved_dtype, dtype))
-    elif not args.fsdp:  # FSDP casts layer by layer
+    takes_as_stored = args.lora_rank and dtype != torch.float32  # autocast casts frozen weights
+    if not takes_as_stored and (args.lora_rank or not args.fsdp):  # FSDP casts layer by layer
         models.cast_weights(policy, torch.float32)
     computed_as = [args.dtype] + ["sharded"] * args.fsdp + ["compiled"] * args.compile
     cache = ReferenceCache(os.path.expanduser(args.cache_dir), policy, " ".join(computed_as))

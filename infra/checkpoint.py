@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import infra.distributed as dist
 from infra.command import refuse
-from infra.lora import merge, save_adapter
+from infra.lora import merged, save_adapter
 from infra.models import TOY_STUDENT, sample_weights, share_changed, trained_weights
 from infra.rows import atomic_write
 
@@ -168,10 +168,10 @@ def student_weights(policy, dtype):
 
     Adapters are merged. Buffers keep their dtype. Tied weights appear once.
     """
-    weights = merge(policy, dist.full_state_dict(policy))
     buffers = {name for name, _ in policy.named_buffers()}
     return {name: tensor.to("cpu", None if name in buffers else dtype)
-            for name, tensor in weights.items() if name not in policy.all_tied_weights_keys}
+            for name, tensor in merged(policy, dist.full_state_dict(policy))
+            if name not in policy.all_tied_weights_keys}
 
 
 def export(policy, tokenizer, dtype, weights_before, args):

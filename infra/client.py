@@ -143,7 +143,7 @@ def retry_after(header, default):
     """Seconds to wait by a Retry-After header, a number or a date; at most an hour."""
     try:
         return min(Retry().parse_retry_after(header), 3600)
-    except InvalidHeader:
+    except (InvalidHeader, ValueError):
         return default
 
 

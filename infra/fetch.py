@@ -193,8 +193,9 @@ def parse_pages(text, name):
             start = re.compile(r"[\s,]*").match(text, position).end()
             page, position = json.JSONDecoder().raw_decode(text, start)
             rows += [item["row"] for item in page["rows"]]
+            total = int(page["num_rows_total"])
             if position == len(text):
-                return rows, int(page["num_rows_total"])
+                return rows, total
     except json.JSONDecodeError as error:
         raise BadInput(f"{name}:{error.lineno}: not JSON ({error.msg}); "
                        "the file must be whole") from error

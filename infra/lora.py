@@ -82,18 +82,24 @@ def without_lora(model):
 
 
 @torch.no_grad()
-def merge(model, weights):
-    """The plain model's weights from an adapted model's: W + alpha / rank * B A, in float32.
+def merged(model, weights):
+    """Yield the plain model's (name, tensor): W + alpha / rank * B A in float32, layer by layer.
 
-    weights is the full {name: tensor} of the adapted model, or {}, and is changed in place.
+    weights is the full {name: tensor} of the adapted model.
     """
-    for name, layer in lora_layers(model) if weights else ():
-        A, B = weights.pop(f"{name}.A"), weights.pop(f"{name}.B")  # (rank, in), (out, rank)
-        base = weights.pop(f"{name}.base.weight").float()  # (out, in)
-        weights[f"{name}.weight"] = base + layer.alpha / layer.rank * B @ A
-        if f"{name}.base.bias" in weights:
-            weights[f"{name}.bias"] = weights.pop(f"{name}.base.bias")
-    return weights
+    layers = dict(lora_layers(model))
+    for name, tensor in weights.items():
+        owner, _, part = name.rpartition(".")
+        layer = layers.get(owner.removesuffix(".base"))
+        if layer and part in ("A", "B"):
+            continue  # merged into the base's weight
+        if layer:
+            owner = owner.removesuffix(".base")
+            name = f"{owner}.{part}"
+        if layer and part == "weight":
+            A, B = weights[f"{owner}.A"], weights[f"{owner}.B"]  # (rank, in), (out, rank)
+            tensor = tensor.float() + layer.alpha / layer.rank * B @ A  # (out, in)
+        yield name, tensor
 
 
 def save_adapter(model, weights, folder, base_name):

@@ -33,27 +33,21 @@ def draw_curves(folders, path):
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
-    from matplotlib.lines import Line2D
     figure, axes = plt.subplots(2, 3, figsize=(13, 7.5), layout="constrained")
-    legend = [Line2D([], [], color="0.4", linewidth=0.8, label="training"),
-              Line2D([], [], color="0.4", marker="o", label="validation")]
     for number, folder in enumerate(folders):
-        color = f"C{number}"
-        legend.append(Line2D([], [], color=color, linewidth=4, label=folder))
         training, validation = read_metrics(folder)
         for axis, (name, title) in zip(axes.flat, PANELS):
             if axis in axes[0]:
                 axis.plot([line["step"] for line in training], [line[name] for line in training],
-                          color=color, linewidth=0.8, alpha=0.4)
+                          color=f"C{number}", linewidth=0.8, alpha=0.4)
             axis.plot([line["step"] for line in validation],
-                      [line["eval/" + name] for line in validation],
-                      "o-", color=color, markersize=4)
+                      [line["eval/" + name] for line in validation], "o-", color=f"C{number}",
+                      markersize=4, label=folder if name == "log-ratio" else None)
             axis.set_title(title, fontsize=12)
             axis.grid(alpha=0.3)
-    for axis in axes[1]:
-        axis.set_xlabel("optimizer step", fontsize=12)
-    figure.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 6),
-                  fontsize=12, frameon=False)
+    figure.supxlabel("optimizer step; thin lines: training, dots: validation", fontsize=12)
+    figure.legend(loc="outside upper center", ncols=min(len(folders), 4), fontsize=12,
+                  frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -65,9 +59,8 @@ def read_metrics(folder):
     # A killed run may have left its last line torn.
     metrics = stream_rows(os.path.join(folder, "metrics.jsonl"), on_bad=lambda error: None)
     lines = [line for _, line in metrics]
-    training = [line for line in lines if "loss" in line]
     validation = [line for line in lines if "eval/loss" in line]
     for line in validation:
         rewards = line["eval/rewards/chosen"] + line["eval/rewards/rejected"]
         line["eval/log-ratio"] = rewards / 2 / beta
-    return training, validation
+    return [line for line in lines if "loss" in line], validation

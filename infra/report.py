@@ -11,12 +11,8 @@ import sys
 import textwrap
 from collections import Counter
 
-import numpy as np
-
 from infra.command import one_line, printable, warn
 from infra.rows import as_messages, canonical, read_text, stream_rows
-
-# ------------------------------------------------------------------------------------- score gaps
 
 
 def histogram(values, width=40):
@@ -38,26 +34,15 @@ def show_gaps(gaps, what):
     print("\n".join(histogram(gaps)))
 
 
-# ----------------------------------------------------------------------------------------- tokens
-
-
 def printable_tokens(tokenizer, ids):
     """Token ids as texts. The vocabulary's marks for space and newline become readable."""
     readable = str.maketrans({"\u0120": " ", "\u2581": " ", "\u010a": "\u23ce"})
     return [printable(token.translate(readable)) for token in tokenizer.convert_ids_to_tokens(ids)]
 
 
-def show_tokens(tokenizer, ids, colour):
-    """Tokens with bars between them, in an ANSI colour if stdout is a terminal."""
-    form = f"\033[{colour}m{{}}\033[0m" if sys.stdout.isatty() else "{}"
-    return "|".join(map(form.format, printable_tokens(tokenizer, ids)))
-
-
 def show_report(path, pairs, counts, tokenizer):
     """Print the report of `python data.py FILE`: rows, lengths, score gaps, one pair in tokens."""
-    print(f"{path}: {counts.rows} rows, {len(pairs)} usable pairs")
-    for line in counts.lines():
-        print(line)
+    print("\n".join([f"{path}: {counts.rows} rows, {len(pairs)} usable pairs", *counts.lines()]))
     print("\ntokens      least  median    most")
     for name in ("prompt", "chosen", "rejected"):
         lengths = [len(getattr(pair, name + "_ids")) for pair in pairs]
@@ -72,12 +57,10 @@ def show_report(path, pairs, counts, tokenizer):
     pair = pairs[0]
     print(f"\none pair, token by token ({pair.where}); "
           "the loss counts the tokens of the two answers, not the prompt's")
-    for name, ids, colour in (("prompt", pair.prompt_ids, 2), ("chosen", pair.chosen_ids, 32),
-                              ("rejected", pair.rejected_ids, 31)):
-        print(f"{name + ':':10s}{show_tokens(tokenizer, ids, colour)}")
-
-
-# ---------------------------------------------------------------------------------------- answers
+    for name, colour in (("prompt", 2), ("chosen", 32), ("rejected", 31)):
+        form = f"\033[{colour}m{{}}\033[0m" if sys.stdout.isatty() else "{}"
+        tokens = printable_tokens(tokenizer, getattr(pair, name + "_ids"))
+        print(f"{name + ':':10s}{'|'.join(map(form.format, tokens))}")
 
 
 def side_by_side(prompts, answers_of):
@@ -96,34 +79,19 @@ def side_by_side(prompts, answers_of):
     return "\n".join(lines)
 
 
-def examples(scores, count, seed):
-    """Indices of N rows worth reading, from scores (S, N) of S systems, nan if unknown.
-
-    First the rows with the largest differences, at most `count`, then `count` random others.
-    """
-    spread = np.where(np.isnan(scores).any(0), 0, scores.max(0) - scores.min(0))  # (N,)
-    differ = [int(i) for i in np.argsort(-spread, kind="stable")[:count] if spread[i] > 0]
-    order = np.random.default_rng(seed).permutation(len(spread)).tolist()
-    return differ + [i for i in order if i not in differ][:count]
-
-
 def warn_of_overlap(folder, path, prompts):
-    """Warn if the training data that a run's args.json names holds prompts of the file `path`."""
+    """Warn if prompts of the file `path` are in the data that a student was trained on."""
     args = os.path.join(folder, "args.json")
-    if not os.path.exists(args):
-        return
-    source = json.loads(read_text(args, "a run's args.json")).get("data", "")
-    if not os.path.exists(source):
-        return
-    rows = stream_rows(source, on_bad=lambda error: None)
-    seen = {json.dumps(as_messages(canonical(row).get("prompt"))) for _, row in rows}
-    count = sum(json.dumps(as_messages(prompt)) in seen for prompt in prompts)
-    if count:
-        warn(f"{count} of {len(prompts)} prompts of {path} are in {source}, the data that {folder} "
-             "was trained on (and validated with): they say little about new prompts")
-
-
-# ----------------------------------------------------------------------------------------- tables
+    source = ""
+    if os.path.exists(args):
+        source = json.loads(read_text(args, "a run's args.json")).get("data", "")
+    if os.path.exists(source):
+        rows = stream_rows(source, on_bad=lambda error: None)
+        seen = {json.dumps(as_messages(canonical(row).get("prompt"))) for _, row in rows}
+        count = sum(json.dumps(as_messages(prompt)) in seen for prompt in prompts)
+        if count:
+            warn(f"{count} of {len(prompts)} prompts of {path} are in {source}, the data of "
+                 f"{folder}: they say little about new prompts")
 
 
 def table(blocks):

@@ -81,18 +81,20 @@ def stream_rows(path, on_bad=None):
 
 def parse_rows(lines, path, on_bad=None):
     """Yield the rows of an iterable of lines, as stream_rows; messages call it `path`."""
-    numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-    number, first = next(numbered, (0, ""))
+    numbered = enumerate(lines, 1)
+    start, first = next((pair for pair in numbered if pair[1].strip()), (0, ""))
     refuse(path, (not first, "the file is empty; give one JSON object per line"))
     is_list = first.lstrip().startswith("[")
     if is_list:
-        items = enumerate(parse_json(first + "".join(line for _, line in numbered), path), 1)
+        text = first + "".join(line for _, line in numbered)
+        items = enumerate(parse_json(text, path, start), 1)
     else:
-        items = itertools.chain([(number, first)], numbered)
+        later = (pair for pair in numbered if pair[1].strip())
+        items = itertools.chain([(start, first)], later)
     for number, item in items:
         where = f"{path}, item {number}" if is_list else f"{path}:{number}"
         try:
-            row = item if is_list else parse_json(item, where)
+            row = item if is_list else parse_json(item, path, number)
             refuse(where, (not isinstance(row, dict),
                            f"a row must be a JSON object, not a {type(row).__name__}; see data.py"))
         except BadInput as error:
@@ -103,12 +105,12 @@ def parse_rows(lines, path, on_bad=None):
             yield where, row
 
 
-def parse_json(text, where):
+def parse_json(text, path, line):
+    """The JSON value of text that begins on a line of a file. BadInput names the faulty line."""
     try:
         return json.loads(text)
-    except ValueError as error:
-        reason = str(error).split(": line ")[0]  # `where` names the line
-        raise BadInput(f"{where}: not JSON ({reason}); "
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{path}:{line + error.lineno - 1}: not JSON ({error.msg}); "
                        "give whole JSON objects, one per line or in one list") from error
 
 
@@ -236,11 +238,7 @@ def as_answer(value):
 
 
 def is_cut(row):
-    """Whether the teacher's --max_tokens cut the rejected or the chosen answer of a row.
-
-    row["teacher"]["finish"] has one entry per turn: the first is the original answer's, the last
-    is the final rewrite's, whatever rounds lie between.
-    """
+    """Whether --max_tokens cut the teacher's first turn (rejected) or its last one (chosen)."""
     teacher = row.get("teacher")
     finish = teacher.get("finish") if isinstance(teacher, dict) else None
     return isinstance(finish, list) and "length" in finish[:1] + finish[-1:]

@@ -81,7 +81,7 @@ def load_task(path):
              '`prompts.format` must be "csv", "jsonl", "json" or "rows"'),
             (not all("{request}" in template for template in prompts.templates),
              "`prompts.templates` must each hold {request}"),
-            (prompts.draw < 0, "`prompts.draw` must be the number of prompts to draw, or 0 for all"),
+            (prompts.draw < 0, "`prompts.draw` must be the number of prompts, or 0 for all"),
             (not 0 < prompts.held_out < 1, "`prompts.held_out` must be a share between 0 and 1"))
     return task
 

@@ -104,7 +104,7 @@ def test_lines_are_streamed_and_bad_ones_are_refused_when_reached(tmp_path):
     with pytest.raises(BadInput, match="rows.jsonl:4: not UTF-8"):
         read_rows(path)
     path.write_bytes(b'\n[\n{"a": 1},\n{"b": 2\n}, {"c"}]')
-    with pytest.raises(BadInput, match="rows.jsonl.*: not JSON .Expecting ':' delimiter.;"):
+    with pytest.raises(BadInput, match="rows.jsonl:5: not JSON .Expecting ':' delimiter.;"):
         read_rows(path)
 
 

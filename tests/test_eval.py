@@ -23,6 +23,7 @@ from infra.report import table
 from infra.task import load_task
 from toy import server as toy
 
+SCORE = "score (higher is better)"
 TASK = f"{ROOT}/toy/task.toml"
 PROMPTS = read_lines(f"{ROOT}/toy/held_out.jsonl")[:12]
 
@@ -297,11 +298,11 @@ def test_scores_are_those_of_the_judge_and_nulls_are_counted(scripted, run_eval,
     unjudged = rows[f"{student}/{PROMPTS[0]['id']}"]
     assert unjudged["score"] is None and len(unjudged["judge"]["said"]) == 2
     row = cells(out, "all, 12 prompts", student)
-    assert row["judged"] == "11/12" and row["score (higher is better)"].startswith(f"{(3 + 10 * 4) / 11:.2f} [")
+    assert row["judged"] == "11/12" and row[SCORE].startswith(f"{(3 + 10 * 4) / 11:.2f} [")
     assert row["win over base %"] == "50 [50, 50]"
     assert f"could not judge 1 of 12 answers of {student}" in out
     # The mean of the two that were judged.
-    assert cells(out, "safety, 3 prompts", "base")["score (higher is better)"] == "4.00 [4.00, 4.00]"
+    assert cells(out, "safety, 3 prompts", "base")[SCORE] == "4.00 [4.00, 4.00]"
 
 
 def test_only_the_answers_of_this_call_are_judged(scripted, run_eval, student, tmp_path):
@@ -322,7 +323,7 @@ def test_a_judge_that_never_gives_a_verdict(scripted, run_eval, tmp_path):
     code, out, err = run_eval("--verdict_retries", 0, url=server.url)
     assert code == 1 and err.count("\n") == 1 and "no reply of toy had a verdict" in err
     row = cells(out, "all, 12 prompts", "base")
-    assert row["judged"] == "0/12" and "score (higher is better)" not in row
+    assert row["judged"] == "0/12" and SCORE not in row
     assert len(read_lines(tmp_path / "eval" / "eval.jsonl")) == 24
 
 
@@ -418,7 +419,7 @@ def test_scored_pairs_give_the_numbers_of_train(run_stage, student, base, toy_ro
     pairs, _ = load_pairs(path, toy_tokenizer, 1024, needs_scores=True)
     reference = evaluation.pair_logps(base, pairs)
     gaps = torch.tensor([pair.score_chosen - pair.score_rejected for pair in pairs])
-    dataset = train.Dataset(pairs, False, *reference.T, torch.sigmoid(gaps), gaps)
+    dataset = train.Dataset(pairs, False, torch.stack([*reference.T, torch.sigmoid(gaps), gaps]))
     metrics = train.evaluate(load_model(student), dataset, args)
     for name, value in (("chosen first %", 100 * metrics["eval/rewards/accuracies"]),
                         ("agrees with scores %", 100 * metrics["eval/rewards/score_agreement"]),
@@ -428,7 +429,8 @@ def test_scored_pairs_give_the_numbers_of_train(run_stage, student, base, toy_ro
         tolerance = 0.06 if "%" in name else 0.006
         assert float(row[name].split()[0]) == pytest.approx(value, abs=tolerance)
     own = cells(out, "validation pairs", "base")
-    assert own["chosen first %"] == own["agrees with scores %"] == own["log-ratio margin, nats"] == "-"
+    assert own["chosen first %"] == own["agrees with scores %"] == "-"
+    assert own["log-ratio margin, nats"] == "-"
     assert own["pairs"] == "40" and own["logp chosen, nats"] != "-"
     assert "chosen first" in (tmp_path / "pairs" / "report.md").read_text()
 
@@ -476,7 +478,7 @@ ADDRESS = ("--base_url", "http://127.0.0.1:9", "--judge_model", "m")
     ((*ADDRESS, "--task", TASK, "--key_env", "NO_SUCH_VARIABLE"),
      "no key in that environment variable"),
     ((*ADDRESS, "--endpoint", "/score", "--pairwise"), "not --endpoint"),
-    (("--self_refine",), "--self_refine and --pairwise need --task"),
+    (("--self_refine",), "--self_refine needs --task and --prompts"),
     (("--out_dir", TASK), "is a file"),
     (("--curves", "missing"), "missing/args.json: No such file"),
 ])

@@ -15,7 +15,7 @@ import train
 from data import collate
 from infra import checkpoint
 from infra.command import BadInput
-from infra.lora import LoRALinear, add_lora, lora_layers, merge, save_adapter, without_lora
+from infra.lora import LoRALinear, add_lora, lora_layers, merged, save_adapter, without_lora
 from infra.models import TOY_STUDENT, load_model, load_tokenizer, sample_weights
 from rdpo import sequence_logps
 
@@ -92,7 +92,7 @@ def test_every_linear_layer_of_the_decoder_has_an_adapter_and_only_those_learn(n
 def test_merged_weights_compute_what_the_adapters_did(name):
     model, plain = trained(model_of(name)), model_of(name)
     adapted, base = logits_of(model), logits_of(plain)
-    weights = merge(model, model.state_dict())
+    weights = dict(merged(model, model.state_dict()))
     assert weights.keys() == plain.state_dict().keys()
     assert torch.equal(logits_of(model), adapted)  # the adapted model stays as it is
     plain.load_state_dict(weights)

@@ -152,8 +152,7 @@ server = xllamacpp.Server(params)
 print("ready", server.listening_address, flush=True)
 time.sleep(3600)
 """
-THINGS = ("tea", "rain", "chess", "snow", "jazz", "bread", "the sea", "the moon", "trains", "bees",
-          "maps", "salt", "clocks", "kites", "owls", "bridges", "soup", "paper", "wool", "stars")
+THINGS = ("tea", "rain", "chess", "snow", "jazz", "bread", "the sea", "the moon")
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +167,7 @@ def llama_server(smollm2_gguf):
 
 @pytest.mark.real
 def test_a_real_server(llama_server, run_stage, write_rows, tmp_path, monkeypatch):
-    """20 real prompts. The model is too small to judge: a null score is fine if it is counted."""
+    """8 real prompts. The model is too small to judge: a null score is fine if it is counted."""
     monkeypatch.setenv("LLAMA_KEY", "made-up-key")
     prompts = write_rows([{"prompt": f"I love {thing}! In one sentence, what do you think of "
                                      f"{thing}?"} for thing in THINGS])
@@ -177,21 +176,21 @@ def test_a_real_server(llama_server, run_stage, write_rows, tmp_path, monkeypatc
               "--model", "smollm2", "--key_env", "LLAMA_KEY", "--concurrency", 2)
     code, out, err = run_stage(teacher, *common, "--prompts", prompts, "--out", synthetic,
                                "--max_tokens", 24)
-    assert code == 0 and "20 of 20 rows" in out and "60 requests" in out, err
+    assert code == 0 and "8 of 8 rows" in out and "24 requests" in out, err
     rows = read_lines(synthetic)
     assert all(row[name].strip() for row in rows for name in ("rejected", "critique", "chosen"))
     cut = sum(row["teacher"]["finish"].count("length") for row in rows)
     assert f"{cut} replies cut by --max_tokens" in out
-    assert 0 < sum(row["teacher"]["tokens"] for row in rows) <= 60 * 24
+    assert 0 < sum(row["teacher"]["tokens"] for row in rows) <= 24 * 24
 
     code, out, err = run_stage(reward, *common, "--data", synthetic, "--out", scored,
                                "--max_tokens", 24, "--verdict_retries", 1)
     rows = read_lines(scored)
     scores = [row[name] for row in rows for name in ("score_rejected", "score_chosen")]
     no_verdict = scores.count(None) == len(scores)  # possible: the model may ignore the format
-    assert code == no_verdict and "20 of 20 rows" in out, err
+    assert code == no_verdict and "8 of 8 rows" in out, err
     assert no_verdict == ("no reply of smollm2 had a verdict" in err)
-    assert f"{40 - scores.count(None)} of 40 answers have a score" in out
+    assert f"{16 - scores.count(None)} of 16 answers have a score" in out
     for row in rows:
         for name in ("rejected", "chosen"):
             attempts = row["judge"][name]

@@ -24,7 +24,7 @@ def small():
 @pytest.fixture(scope="module")
 def folder(small, tmp_path_factory):
     path = tmp_path_factory.mktemp("study")
-    study.make_drafts(0, str(path / "drafts-0.json"))
+    study.make_drafts(0, str(path))
     return path
 
 
@@ -105,10 +105,11 @@ def test_interval_is_students():
 
 
 def test_finished_runs_are_not_run_again(tmp_path):
-    path = tmp_path / "runs.jsonl"
     jobs = [study.Run("DPO", study.World(), 1e-4, seed, "test") for seed in (0, 1)]
-    finished = {json.dumps(dataclasses.asdict(job)): {"score": 3.0} for job in jobs}
-    results = study.finish(jobs, finished, path, None, str(tmp_path), None)  # None: not called
+    lines = [{"code": study.CODE, "job": dataclasses.asdict(job), "result": {"score": 3.0}}
+             for job in jobs]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results = study.finish(jobs, str(tmp_path), None, work=None)  # None: not called
     assert results == {job: {"score": 3.0} for job in jobs}
 
 
@@ -116,7 +117,7 @@ def test_runs_of_other_code_are_run_again(tmp_path, monkeypatch):
     path = str(tmp_path / "runs.jsonl")
     job = study.Run("DPO", study.World(), 1e-4, 0, "test")
     with ThreadPoolExecutor(1) as pool:
-        study.finish([job], {}, path, lambda job, out_dir: {"score": 3.0}, str(tmp_path), pool)
+        study.finish([job], str(tmp_path), pool, lambda job, out_dir: {"score": 3.0})
     with open(path, "a", encoding="utf-8") as file:
         file.write('{"code": "torn')
     assert study.finished_runs(path) == {json.dumps(dataclasses.asdict(job)): {"score": 3.0}}

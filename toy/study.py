@@ -156,11 +156,12 @@ def test_rows(rows, drafts, seed):
     """Pairs of a good and a poor answer with exact scores: what a student should rank right."""
     pairs = []
     for row in rows:
-        rng = random.Random(f"{row['prompt']} {seed}")
-        rejected, chosen = make_pair(row["prompt"], drafts[row["prompt"]], False, rng)
-        scores = {"score_rejected": world.score(row["prompt"], rejected),
-                  "score_chosen": world.score(row["prompt"], chosen)}
-        pairs += [row | {"rejected": rejected, "chosen": chosen} | scores]
+        prompt = row["prompt"]
+        rng = random.Random(f"{prompt} {seed}")
+        rejected, chosen = make_pair(prompt, drafts[prompt], False, rng)
+        pairs.append(row | {"rejected": rejected, "chosen": chosen,
+                            "score_rejected": world.score(prompt, rejected),
+                            "score_chosen": world.score(prompt, chosen)})
     return pairs
 
 
@@ -175,8 +176,15 @@ def sample(model, tokenizer, prompts, seed):
                     batch_size=128)
 
 
-def make_drafts(seed, path):
+def drafts_path(seed, out_dir):
+    return os.path.join(out_dir, f"drafts-{seed}.json")
+
+
+def make_drafts(seed, out_dir):
     """Write {prompt: sampled answers of the student} of all splits: three to train, one to rank."""
+    path = drafts_path(seed, out_dir)
+    if os.path.exists(path):
+        return
     torch.set_num_threads(1)
     model, tokenizer = load_model(TOY_STUDENT), load_tokenizer(TOY_STUDENT)
     counts = {row["prompt"]: 3 if split == "training" else 1
@@ -207,7 +215,7 @@ def train_and_measure(job, out_dir):
     torch.set_num_threads(1)  # one run per core, side by side
     train.have_matplotlib = lambda: False  # drawing curves would take a tenth of the time
     began = time.process_time()
-    with open(os.path.join(out_dir, f"drafts-{job.seed}.json"), encoding="utf-8") as file:
+    with open(drafts_path(job.seed, out_dir), encoding="utf-8") as file:
         drafts = json.load(file)
     rows = prompts_of(job.split, job.seed)
     folder = os.path.join(out_dir, f"run-{os.getpid()}")
@@ -264,8 +272,10 @@ def finished_runs(path):
     return {json.dumps(line["job"]): line["result"] for line in lines if line.get("code") == CODE}
 
 
-def finish(jobs, finished, path, work, out_dir, pool):
+def finish(jobs, out_dir, pool, work=train_and_measure):
     """{job: result}. The pool runs the unfinished jobs; each result is at once appended."""
+    path = os.path.join(out_dir, "runs.jsonl")
+    finished = finished_runs(path)
     waiting = [job for job in dict.fromkeys(jobs) if json.dumps(asdict(job)) not in finished]
     with open(path, "a", encoding="utf-8") as file:
         futures = {pool.submit(work, job, out_dir): job for job in waiting}
@@ -458,8 +468,6 @@ def report(results, tuning, rates, seeds):
 
 # ------------------------------------------------------------------------------------------ main
 
-QUICK_RATE = 4e-4
-
 
 def main():
     parser = Parser("Seven methods in the toy world, with a teacher and a scorer that fail.")
@@ -477,10 +485,10 @@ def main():
 def quick_study(out_dir, pool):
     began, seeds = time.monotonic(), range(3)
     methods, worlds = ("DPO", "rDPO"), (RANDOM[0], SYSTEMATIC)
-    make_all_drafts(seeds, out_dir, pool)
-    jobs = [Run(method, conditions, QUICK_RATE, seed, "test")
+    list(pool.map(make_drafts, seeds, itertools.repeat(out_dir)))
+    jobs = [Run(method, conditions, 4e-4, seed, "test")
             for method in methods for conditions in worlds for seed in seeds]
-    results = Results(finish_all(jobs, out_dir, pool), baselines=[])
+    results = Results(finish(jobs, out_dir, pool), baselines=[])
     print("score of sampled answers to unseen prompts, 0 to 5, by the share of failing rewrites "
           "(95 % intervals over 3 seeds)\n")
     print(table_of(results, "score", methods, worlds))
@@ -491,9 +499,9 @@ def quick_study(out_dir, pool):
 def full_study(out_dir, pool):
     seeds = range(5)
     baselines = pool.map(untrained, seeds)
-    make_all_drafts([*seeds, TUNING_SEED], out_dir, pool)
-    tuning = finish_all([tuning_run(method, conditions, rate) for method in COMPARED
-                         for conditions in TUNED for rate in LEARNING_RATES], out_dir, pool)
+    list(pool.map(make_drafts, [*seeds, TUNING_SEED], itertools.repeat(out_dir)))
+    tuning = finish([tuning_run(method, conditions, rate) for method in COMPARED
+                     for conditions in TUNED for rate in LEARNING_RATES], out_dir, pool)
     rates = best_rates(tuning)
     wanted = [(method, conditions) for method in COMPARED for conditions in (*RANDOM, SYSTEMATIC)]
     wanted += [(method, conditions) for method in METHODS if method not in COMPARED
@@ -501,26 +509,13 @@ def full_study(out_dir, pool):
     wanted += [(method, conditions) for method in ("rDPO", "dSC") for conditions in SCORERS]
     jobs = [Run(method, conditions, rates[method.split(",")[0], tuned_at(conditions)], seed, "test")
             for method, conditions in wanted for seed in seeds]
-    results = Results(finish_all(jobs, out_dir, pool), list(baselines))
+    results = Results(finish(jobs, out_dir, pool), list(baselines))
     os.makedirs(os.path.join(ROOT, "assets"), exist_ok=True)
     draw_noise(results, os.path.join(ROOT, "assets", "noise.png"))
     draw_kl(tuning, os.path.join(ROOT, "assets", "kl.png"))
     text = report(results, tuning, rates, seeds)
     atomic_write(os.path.join(ROOT, "toy", "RESULTS.md"), text)
     print(text)
-
-
-def make_all_drafts(seeds, out_dir, pool):
-    paths = {seed: os.path.join(out_dir, f"drafts-{seed}.json") for seed in seeds}
-    drafts = [pool.submit(make_drafts, seed, path) for seed, path in paths.items()
-              if not os.path.exists(path)]
-    for draft in drafts:
-        draft.result()
-
-
-def finish_all(jobs, out_dir, pool):
-    path = os.path.join(out_dir, "runs.jsonl")
-    return finish(jobs, finished_runs(path), path, train_and_measure, out_dir, pool)
 
 
 if __name__ == "__main__":
