@@ -273,7 +273,8 @@ def notes_on(args, answers, scores, wins):
         kinds = Counter(filter(None, map(fault, rows)))
         if kinds:
             text = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-            lines.append(f"degenerate answers of {name}: {text} (cut: by --max_new_tokens)")
+            limit = " (cut by --max_new_tokens)" if kinds["cut"] else ""
+            lines.append(f"degenerate answers of {name}: {text}{limit}")
     if answers and args.temperature != 1:
         lines.append("KL: only from answers that are sampled at --temperature 1")
     return lines
