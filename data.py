@@ -36,7 +36,7 @@ def prompt_text(tokenizer, prompt):
     if tokenizer.chat_template:
         return tokenizer.apply_chat_template(
             as_messages(prompt), tokenize=False, add_generation_prompt=True)
-    ids = tokenizer("").input_ids
+    ids = tokenizer("").input_ids  # holds bos if this tokenizer starts every text with it
     bos = tokenizer.bos_token if ids and ids[0] == tokenizer.bos_token_id else ""
     return bos + prompt + "\n\n"
 
@@ -44,8 +44,8 @@ def prompt_text(tokenizer, prompt):
 def answer_text(tokenizer, prompt, answer):
     """The text that follows prompt_text: the answer and exactly one end-of-turn token.
 
-    That token is the control token that the chat template writes after an assistant's message.
-    Whatever the template writes behind it is no part of the answer. Without one, it is eos.
+    That token is the control token that the chat template writes after an assistant's message,
+    or eos if it writes none. Whatever the template writes behind it is no part of the answer.
     """
     after = answer
     if tokenizer.chat_template:
@@ -95,7 +95,8 @@ MIN_PROMPT = 64  # tokens of the prompt that truncation keeps before it cuts the
 
 
 def truncate(prompt_ids, chosen_ids, rejected_ids, max_length):
-    """Cut prompt + answer to max_length tokens: first the prompt's left, then the answers' right.
+    """Cut prompt + answer to max_length: first the prompt's left, down to MIN_PROMPT tokens, then
+    the answers' right. Too small a max_length leaves no answer; encode_pair drops the pair.
 
     Both answers keep the same prompt. A cut answer loses its end-of-turn token, so nothing
     teaches the student to stop in mid-sentence.
@@ -112,7 +113,7 @@ def truncate(prompt_ids, chosen_ids, rejected_ids, max_length):
 @dataclass
 class Pair:
     """One training example: token ids of a prompt and of two answers, end-of-turn included."""
-    where: str  # file:line, the pair's name in messages
+    where: str  # "file:line" or "file, item n": the pair's name in messages
     prompt: str | list
     prompt_ids: list
     chosen_ids: list
@@ -155,7 +156,7 @@ def load_pairs(path, tokenizer, max_length, needs_scores, skip_bad_rows=False):
 
 
 def encode_pair(row, where, tokenizer, max_length, needs_scores, counts):
-    """The Pair of a canonical row; None if the row teaches nothing, which is counted."""
+    """The Pair of a canonical row; None if the row is left out, which drop() counts."""
     prompt, chosen, rejected, score_chosen, score_rejected = check_pair(row, where, needs_scores)
     name = tokenizer.name_or_path
     refuse(where, (isinstance(prompt, list) and not tokenizer.chat_template,
@@ -173,9 +174,9 @@ def encode_pair(row, where, tokenizer, max_length, needs_scores, counts):
         rejected_ids = encode_answer(tokenizer, prompt, prompt_ids, rejected, where)
     except TemplateError as error:
         raise BadInput(f"{where}: the chat template of {name} refuses this row: {error}") from error
-    whole = prompt_ids, chosen_ids, rejected_ids
-    prompt_ids, chosen_ids, rejected_ids = cut = truncate(*whole, max_length)
-    counts.truncated += cut != whole
+    cut = truncate(prompt_ids, chosen_ids, rejected_ids, max_length)
+    counts.truncated += cut != (prompt_ids, chosen_ids, rejected_ids)
+    prompt_ids, chosen_ids, rejected_ids = cut
     if not chosen_ids:
         return counts.drop("no response token left after truncation", where)
     if chosen_ids == rejected_ids:
@@ -184,7 +185,10 @@ def encode_pair(row, where, tokenizer, max_length, needs_scores, counts):
 
 
 def split_train_val(pairs, share, seed, at_most=256):
-    """(training pairs, validation pairs): no prompt is on both sides; at_most counts prompts."""
+    """(training pairs, validation pairs), split by prompt ids: none is on both sides.
+
+    Validation gets a share of the prompts, at most `at_most` of them.
+    """
     prompts = sorted({tuple(pair.prompt_ids) for pair in pairs})
     count = min(math.ceil(len(prompts) * share), at_most) if len(prompts) > 1 else 0
     order = np.random.default_rng(seed).permutation(len(prompts))
@@ -211,15 +215,14 @@ class Batch:
     input_ids: torch.Tensor  # (R, T)
     segments: torch.Tensor  # (R, T) PROMPT, CHOSEN, REJECTED or PADDING
     position_ids: torch.Tensor  # (R, T) position in the token's own conversation
-    hidden_index: torch.Tensor  # (N,) of the hidden state, among R * T, that predicts each token
+    hidden_index: torch.Tensor  # (N,) 0 to R * T - 1: the state that predicts each target
     targets: torch.Tensor  # (N,) response tokens: all chosen answers, then all rejected ones
     response_lengths: list  # 2B lengths that add up to N
 
     def to(self, device):
-        tensors = {name: value for name, value in vars(self).items()
-                   if isinstance(value, torch.Tensor)}
-        return dataclasses.replace(
-            self, **{name: send(tensor, device) for name, tensor in tensors.items()})
+        return dataclasses.replace(self, **{
+            name: send(value, device) for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)})
 
 
 def send(tensor, device):
@@ -230,7 +233,7 @@ def send(tensor, device):
 
 
 def collate(pairs, share_prefix=False):
-    """A Batch of pairs. Positions come from lengths, never from ids: a pad id may equal eos.
+    """A Batch of pairs, padded with 0. Lengths tell what is padding, as 0 is a token id too.
 
     share_prefix=False   R = 2B: [prompt | chosen] of every pair, then [prompt | rejected]
     share_prefix=True    R = B: [prompt | chosen | rejected]. Both answers continue the prompt,
@@ -253,12 +256,13 @@ def collate(pairs, share_prefix=False):
         segments[r, :start] = PROMPT
         for segment, ids in answers.items():
             end = start + len(ids)
-            input_ids[r, start:end] = targets = torch.tensor(ids)
+            tokens = torch.tensor(ids)
+            input_ids[r, start:end] = tokens
             position_ids[r, start:end] = prompt_end + torch.arange(len(ids))
             segments[r, start:end] = segment
-            column = torch.arange(start - 1, end - 1)  # the state at t-1 predicts the token at t
-            column[0] = prompt_end - 1
-            responses[segment].append((r * width + column, targets))
+            # The state before a token predicts it. Before an answer stands the prompt's last one.
+            column = torch.tensor([prompt_end - 1, *range(start, end - 1)])
+            responses[segment].append((r * width + column, tokens))
             start = end
     hidden_index, targets = zip(*responses[CHOSEN], *responses[REJECTED])
     return Batch(share_prefix, input_ids, segments, position_ids, torch.cat(hidden_index),
@@ -270,12 +274,15 @@ def longest_row(pair):
     return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
 
 
-def count_tokens(pairs, which="all"):
-    """Tokens of some pairs: "chosen" answers only, or "all", each answer with its own prompt."""
-    chosen = sum(len(pair.chosen_ids) for pair in pairs)
-    if which == "chosen":
-        return chosen
-    return chosen + sum(2 * len(pair.prompt_ids) + len(pair.rejected_ids) for pair in pairs)
+def count_chosen(pairs):
+    """Tokens of the chosen answers."""
+    return sum(len(pair.chosen_ids) for pair in pairs)
+
+
+def count_tokens(pairs):
+    """Tokens of both conversations of each pair: each answer with its own prompt."""
+    return count_chosen(pairs) + sum(2 * len(pair.prompt_ids) + len(pair.rejected_ids)
+                                     for pair in pairs)
 
 
 def batch_tokens(pair, share_prefix):
@@ -290,8 +297,8 @@ def micro_batches(pairs, indices, tokens_per_batch, share_prefix=False, rank=0, 
 
     A micro-batch holds pairs of similar length, at most tokens_per_batch tokens with padding; a
     longer pair gets one of its own. Ranks take turns by length, so that each gets its share of
-    long pairs. All ranks get the same number of micro-batches, because FSDP's forward passes
-    are collective; a rank with fewer gets empty ones at the end.
+    long pairs. All ranks get the same number of micro-batches: under FSDP every forward pass
+    needs all ranks, or they wait for ever. A rank with fewer gets empty ones at the end.
     """
     def size(i):
         return batch_tokens(pairs[i], share_prefix)

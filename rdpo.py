@@ -9,18 +9,19 @@ student before training:
     p   = sigmoid(m)                                     the policy's P(y_r beats y_o)
     tau = sigmoid((s_r - s_o) / T)                       the reward model's P(y_r beats y_o)
     L   = - mean [tau * log p + (1 - tau) * log(1 - p)]
-    dL/dm = p - tau                                      zero where policy and reward model agree
+    dL/dm = p - tau, per pair                            zero where policy and reward model agree
 
 tau = 1 for every pair is plain DPO (Rafailov et al. 2023, arXiv:2305.18290, equation 7). A tie
-(tau = 1/2) keeps the pair where the reference has it. A revision that scored below its original
-(tau < 1/2) is learned the other way round.
+(tau = 1/2) pulls the margin back to 0, its value under the reference. A revision that scored
+below its original (tau < 1/2) is learned the other way round.
 
 This is our reading of equation (2) of Gallego 2024 (arXiv:2402.08005). The paper says that the
 loss generalises DPO and that tau brings the scores in; the exact form of tau is inferred. It is
 one function, `preference_probability`, so another reading is a change of one line.
 
 Shapes: B pairs; R rows of T tokens (R = B if a row holds a prompt and both answers, 2B if it
-holds one answer); N response tokens in all; D hidden size; V vocabulary size.
+holds one answer); N response tokens in all; D hidden size; V vocabulary size. (In shapes T is
+the tokens of a row; in tau it is the temperature.)
 
     python rdpo.py        print the loss and its gradient for a few score gaps
 """
@@ -69,7 +70,7 @@ def rdpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_
 
 
 def plain_sequence_logps(model, pairs):
-    """log pi(y|q) of every answer, (2B,), the slow and obvious way: no batch, no padding, no mask.
+    """log pi(y|q), (2B,), the B chosen answers first, the slow and obvious way: one at a time.
 
     sequence_logps must give the same. train.py compares the two before it trains.
     """
@@ -81,14 +82,14 @@ def plain_sequence_logps(model, pairs):
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()  # (T-1, V)
         logps = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]  # (T-1,)
         sums.append(logps[len(prompt_ids) - 1:].sum())
-    return torch.stack(sums)
+    return torch.stack(sums)  # (2B,)
 
 
 def sequence_logps(model, batch):
     """log pi(y|q) of every answer of a data.Batch: the SUM over its tokens, end-of-turn included.
 
-    Returns (2B,) float32, the B chosen answers first. Only the hidden states that predict a
-    response token reach the output head, whose gradient TokenLogps adds to its weight.grad.
+    Returns (2B,) float32, the B chosen answers first. The output head computes logits only for
+    positions that predict a response token. TokenLogps (below) also writes the head's gradient.
     """
     inputs = {"input_ids": batch.input_ids}
     if batch.share_prefix:  # else the model's own causal mask and positions are right
@@ -116,26 +117,27 @@ def attention_mask(model, batch):
     A token sees itself and what precedes it in the prompt and in its own answer. The rejected
     answer does not see the chosen one beside it: it reads the conversation of a row of its own.
 
-                  prompt  chosen  rejected         \\  up to itself
-        prompt      \\                              #  all of it
-        chosen      #       \\
-        rejected    #               \\
+        reads ->    prompt  chosen  rejected
+        prompt      part                        part: the tokens up to itself
+        chosen      all     part                all: every token
+        rejected    all             part        blank: nothing
 
-    A sliding window counts positions of the conversation, not of the row. A config that names
-    its layer types takes a dict with one mask per type. (Rows of one answer need no mask: the
-    causal mask never looks right, where the padding is.)
+    A model with a sliding window sees the last `window` positions of the conversation, which are
+    not the last columns of the row. A config that names its layer types takes one mask per type.
+    (Rows of one answer need no mask: padding stands behind the answer, and the model's own causal
+    mask hides what comes later.)
     """
     column = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)  # (T,)
     query, key = batch.segments[:, :, None], batch.segments[:, None, :]  # (R, T, 1), (R, 1, T)
     is_prompt = key == 0
     visible = (column[:, None] >= column) & (is_prompt | (key == query))  # (R, T, T)
 
-    def additive(visible):  # eager attention would add a bool mask as 0 and 1
+    def additive(seen):  # (R, T, T) bool -> float: eager attention would add a bool as 0 and 1
         # CUDA's fused attention copies a mask in every layer unless its strides are multiples of 8.
-        rows, width, _ = visible.shape
+        rows, width, _ = seen.shape
         mask = torch.zeros(rows, width, width + -width % 8, dtype=compute_dtype(model),
-                           device=visible.device)[..., :width]  # (R, T, T)
-        return mask.masked_fill_(~visible, torch.finfo(mask.dtype).min)[:, None]  # (R, 1, T, T)
+                           device=seen.device)[..., :width]  # (R, T, T)
+        return mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)[:, None]  # (R, 1, T, T)
 
     config = vars(model.config.get_text_config())
     window = config.get("sliding_window")
@@ -149,7 +151,7 @@ def attention_mask(model, batch):
 
 
 def logit_scaling(model):
-    """(scale, cap) of an architecture: logits = cap * tanh(scale * (hidden @ head) / cap).
+    """(scale, cap) of a model: logits = cap * tanh(scale * x / cap), x = hidden @ head.T + bias.
 
     From the configs' own names: `logit_scale` (Cohere), 1 / `logits_scaling` (Granite),
     `final_logit_softcapping` (Gemma 2). Usually (1.0, None): plain logits. A model that does
@@ -164,14 +166,14 @@ class TokenLogps(torch.autograd.Function):
     """log pi (N,) float32 of target tokens (N,), from hidden states (N, D) and the head (V, D).
 
     Full logits would be the largest tensor of a step: 2,000 tokens x 152,000 words x 4 bytes =
-    1.2 GB, and their gradient as much again. Here only one chunk of them exists at a time.
-    forward() keeps two numbers per token: its log-probability and the logsumexp of its logits.
+    1.2 GB, and their gradient as much again. Here they exist in chunks, two at a time at most.
+    forward() keeps the hidden states and, per token, one number: the logsumexp of its logits.
     backward() computes each chunk's logits again and uses
 
         d log pi(t) / d logits = onehot(t) - softmax(logits)
 
-    The head's own gradient is added into weight.grad chunk by chunk; autograd would first build
-    a second tensor of the head's size.
+    The head's own gradient is added into weight.grad chunk by chunk. Where weights and hidden
+    states share a dtype, no second tensor of the head's size is built.
     """
 
     @staticmethod
@@ -236,15 +238,15 @@ class ReferenceCache:
     """The reference's summed log-probability of each answer, in a safetensors file that runs share.
 
     Before the first step the policy is the reference, so it fills the cache and no second model
-    is loaded. What was computed names the file: the weights' content, the config, the compute
-    dtype and the attention implementation. An entry's key is its token ids and where the
+    is loaded. The file's name is a hash of what fixes the values: weights, config, compute dtype
+    and attention implementation. The key of an entry is a hash of its token ids and of where the
     response starts.
     """
 
-    def __init__(self, folder, model, dtype):
-        """Create the folder if needed; dtype names the compute dtype, such as "bfloat16"."""
+    def __init__(self, folder, model, computed_as):
+        """Create the folder if needed; computed_as is such as "bfloat16" or "float32 sharded"."""
         os.makedirs(folder, exist_ok=True)
-        self.name = reference_fingerprint(model, dtype)
+        self.name = reference_fingerprint(model, computed_as)
         self.path = os.path.join(folder, f"reference-{self.name}.safetensors")
         self.logps = self._read()  # {key: float}
 
@@ -269,7 +271,7 @@ def sequence_key(prompt_ids, response_ids):
     return hashlib.sha256(json.dumps([prompt_ids, response_ids]).encode()).digest()
 
 
-def reference_fingerprint(model, dtype):
+def reference_fingerprint(model, computed_as):
     """Hex hash of a reference: weights, buffers, config, compute dtype and attention kernel."""
     def digest(item):
         name, tensor = item
@@ -282,11 +284,11 @@ def reference_fingerprint(model, dtype):
         weights = hashlib.sha256(b"".join(pool.map(digest, tensors))).hexdigest()
     config = {key: value for key, value in model.config.to_dict().items()
               if key not in ("_name_or_path", "transformers_version")}
-    parts = [weights, config, dtype, model.config._attn_implementation]
+    parts = [weights, config, computed_as, model.config._attn_implementation]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-# --------------------------------------------------------------------------- the loss in ten lines
+# ------------------------------------------------------------------------------ the loss as a table
 
 
 def main():

@@ -1,4 +1,4 @@
-"""Stage 3: distil a student on scored pairs with the rDPO loss.
+"""Stage 3, after teacher.py and reward.py: distil a student with the rDPO loss.
 
     python train.py --data toy/scored.jsonl       the bundled toy student, a minute on a laptop
     python train.py --data scored.jsonl --model DIR_OR_HUB_ID      a real student
@@ -19,8 +19,8 @@ import torch
 from tqdm import tqdm
 
 import infra.distributed as dist
-from data import (batch_tokens, collate, count_tokens, encode_prompt, epoch_order, load_pairs,
-                  longest_row, micro_batches, send, split_train_val)
+from data import (batch_tokens, collate, count_chosen, count_tokens, encode_prompt, epoch_order,
+                  load_pairs, longest_row, micro_batches, send, split_train_val)
 from infra import checkpoint, models, selfcheck
 from infra.command import Parser, above_0, at_least, number, refuse, run, warn
 from infra.generate import generate
@@ -33,6 +33,7 @@ from rdpo import (ReferenceCache, plain_sequence_logps, preference_probability, 
 # ------------------------------------------------------------------------------------- the losses
 
 
+# losses (B,) come divided by the step's pairs, chosen_nll (B,) by the step's chosen tokens.
 def preference(losses, chosen_nll, args):
     return losses + args.sft_weight * chosen_nll
 
@@ -44,8 +45,8 @@ def imitation(losses, chosen_nll, args):
 class Loss(NamedTuple):
     """A choice of --loss. A new one is a new entry of LOSSES."""
     needs_scores: bool
-    target: Callable  # (score_gaps (P,), args) -> tau (P,)
-    combine: Callable  # (rdpo_loss / pairs, negative log-likelihood / tokens, args) -> (B,)
+    target: Callable  # (score_gaps (P,), args) -> tau (P,), of all P pairs of a file
+    combine: Callable  # (losses (B,), chosen_nll (B,), args) -> (B,), summed by forward()
 
 
 LOSSES = {
@@ -55,7 +56,7 @@ LOSSES = {
     "dpo": Loss(False, lambda gaps, args: torch.full_like(gaps, 1.0 - args.label_smoothing),
                 preference),
     "sft": Loss(False, lambda gaps, args: torch.ones_like(gaps), imitation),
-    # Distilled self-critique (arXiv:2312.01957): SFT on the pairs with s_r > s_o only.
+    # Distilled self-critique (arXiv:2312.01957): SFT on s_r > s_o; load_train_val drops the rest.
     "dsc": Loss(True, lambda gaps, args: torch.ones_like(gaps), imitation),
 }
 
@@ -73,6 +74,7 @@ class Dataset(NamedTuple):
         return self.columns[2]  # (P,)
 
 
+# The order of forward()'s sums. The last two give rewards/score_agreement.
 METRICS = ("loss", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected",
            "tau/mean", "rewards/margins", "rewards/accuracies", "agreeing", "decided")
 
@@ -82,7 +84,7 @@ def forward(policy, data, indices, args, pair_count, chosen_tokens):
 
     pair_count and chosen_tokens are the whole step's, so the parts of all micro-batches and
     ranks add up to the same loss however the step is split. An empty micro-batch computes the
-    first pair and drops it, because FSDP's forward passes are collective.
+    first pair and drops it: see data.micro_batches.
     """
     batch = collate([data.pairs[i] for i in indices or [0]], data.share_prefix)
     with autocast(args):
@@ -96,7 +98,8 @@ def forward(policy, data, indices, args, pair_count, chosen_tokens):
 
     chosen_logps, rejected_logps = chosen_logps.detach(), rejected_logps.detach()
     margins = chosen_rewards - rejected_rewards  # (B,)
-    side = torch.where(margins.abs() < 1e-4, 0.0, margins.sign())  # (B,), 0: undecided, half right
+    # +1: prefers chosen, -1: rejected, 0: equal up to rounding, which counts as half right
+    side = torch.where(margins.abs() < 1e-4, 0.0, margins.sign())  # (B,)
     decided = score_gaps.abs() > 0  # (B,), scored and no tie
     agreeing = torch.where(decided, (1 + side * score_gaps.sign()) / 2, 0.0)  # (B,)
     sums = [loss.detach()] + [column.sum() for column in (
@@ -107,7 +110,7 @@ def forward(policy, data, indices, args, pair_count, chosen_tokens):
 
 
 def mean_metrics(sums, pair_count):
-    """{name: mean} from the METRICS summed over pair_count pairs, on all ranks."""
+    """{name: mean} from METRICS summed over pair_count pairs, on all ranks; loss is one already."""
     total = dict(zip(METRICS, dist.all_reduce(sums).tolist()))
     loss, agreeing, decided = (total.pop(name) for name in ("loss", "agreeing", "decided"))
     metrics = {"loss": loss} | {name: value / pair_count for name, value in total.items()}
@@ -117,15 +120,15 @@ def mean_metrics(sums, pair_count):
 @torch.no_grad()
 def evaluate(policy, data, args):
     """The metrics of all pairs of a Dataset, each name behind eval/."""
-    pair_count, chosen_tokens = len(data.pairs), count_tokens(data.pairs, "chosen")
+    pair_count, chosen_tokens = len(data.pairs), count_chosen(data.pairs)
     sums = torch.zeros(len(METRICS), device=policy.device)
-    for batch in rank_batches(data.pairs, range(pair_count), data.share_prefix, args):
-        sums += forward(policy, data, batch, args, pair_count, chosen_tokens)[1]
+    for indices in rank_batches(data.pairs, range(pair_count), data.share_prefix, args):
+        sums += forward(policy, data, indices, args, pair_count, chosen_tokens)[1]
     return {f"eval/{name}": value for name, value in mean_metrics(sums, pair_count).items()}
 
 
 def policy_logps(policy, batch):
-    """sequence_logps; under FSDP as the method that gathers the weights first."""
+    """sequence_logps. FSDP gathers weights only around a method it knows, so call that one."""
     if dist.is_sharded(policy):
         return policy.sequence_logps(batch)
     return sequence_logps(policy, batch)
@@ -146,7 +149,7 @@ def rank_batches(pairs, indices, share_prefix, args):
 
 @torch.no_grad()
 def make_dataset(policy, pairs, share_prefix, cache, args):
-    """(Dataset, number of pairs whose reference logps the cache lacked and that were computed).
+    """(Dataset, number of pairs whose reference log-probabilities had to be computed).
 
     The policy must still be the reference. An interrupted pass keeps what it computed.
     """
@@ -178,7 +181,10 @@ def make_dataset(policy, pairs, share_prefix, cache, args):
 
 
 def choose_layout(policy, pairs, args):
-    """Whether rows can be [prompt | chosen | rejected], tried on the longest pair that fits."""
+    """Whether one row can hold both answers, tried on the longest pair that fits.
+
+    BadInput if sequence_logps differs from plain_sequence_logps, or a row is too long.
+    """
     longest, limit = max(map(longest_row, pairs)), models.position_limit(policy)
     refuse(f"--max_length {args.max_length}", (
         longest > limit, f"the longest row has {longest} tokens, but the model takes {limit}; "
@@ -218,9 +224,10 @@ def main(argv=None):
     policy = models.load_model(model_name, dtype="auto")
     saved_dtype = policy.dtype
     weights_before = models.sample_weights(dict(policy.named_parameters()))
-    takes_as_stored = args.lora_rank and dtype != torch.float32  # autocast casts frozen weights
-    if not takes_as_stored and (args.lora_rank or not args.fsdp):  # FSDP casts layer by layer
+    # Frozen 16-bit weights stay as stored under autocast. FSDP casts layer by layer.
+    if dtype == torch.float32 if args.lora_rank else not args.fsdp:
         models.cast_weights(policy, torch.float32)
+    # The cache hashes the reference's weights: create it before adapters and shards.
     computed_as = [args.dtype] + ["sharded"] * args.fsdp + ["compiled"] * args.compile
     cache = ReferenceCache(os.path.expanduser(args.cache_dir), policy, " ".join(computed_as))
     if args.lora_rank:
@@ -268,7 +275,7 @@ def main(argv=None):
         metrics_file.log(step=0, epoch=0.0, **val_metrics)
         print(table_line(0, {}, val_metrics))
 
-    # Loop
+    # Loop: one optimizer step per batch_size pairs.
     stop_signal = checkpoint.StopSignal()
     flat_gradients = dist.flat_gradients(policy)
     progress = tqdm(total=total_steps, initial=first_step, desc="training", unit="step",
@@ -279,14 +286,15 @@ def main(argv=None):
         order = epoch_order(len(train_pairs), args.seed, epoch)
         indices = order[n * args.batch_size:(n + 1) * args.batch_size]
         step_pairs = [train_pairs[i] for i in indices]
-        chosen_tokens = count_tokens(step_pairs, "chosen")
+        chosen_tokens = count_chosen(step_pairs)
 
         # Forward and backward, one micro-batch at a time.
         sums, log_ratios = torch.zeros(len(METRICS), device=device), {}
         for batch in rank_batches(train_pairs, indices, share_prefix, args):
             loss, batch_sums, ratios = forward(policy, train, batch, args, len(indices),
                                                chosen_tokens)
-            scaler.scale(loss * dist.loss_scale(policy)).backward()
+            # FSDP averages gradients over ranks; gradient_ranks turns that into a sum.
+            scaler.scale(loss * dist.gradient_ranks(policy)).backward()
             sums += batch_sums
             log_ratios |= {train_pairs[i].where: ratio for i, ratio in zip(batch, ratios.T)}
         dist.sum_gradients(flat_gradients)
@@ -307,7 +315,7 @@ def main(argv=None):
         scaler.update()
         optimizer.zero_grad(set_to_none=flat_gradients is None)
 
-        # Log, evaluate, save. Evaluate first: a kill before the save must not lose its line.
+        # Log, evaluate, save. Evaluate before the save: a resumed run would not do it again.
         done = step + 1
         metrics_file.log(
             step=done, epoch=done / steps_per_epoch, **metrics,
@@ -351,7 +359,7 @@ def load_train_val(args, tokenizer):
         counts.report()
     else:
         pairs, val_pairs = split_train_val(pairs, args.eval_share, args.seed)
-    if args.loss == "dsc":  # the acceptance step
+    if args.loss == "dsc":  # trains only on revisions that scored higher
         accepted = [pair for pair in pairs if pair.gap > 0]
         print(f"dsc: {len(accepted)} of {len(pairs)} revisions scored above their originals")
         pairs = accepted
@@ -386,6 +394,10 @@ def learning_rate(step, total_steps, args):
 # ------------------------------------------------------------------------------------------ flags
 
 
+share = number(float, lambda value: 0 <= value <= 1, "from 0 to 1")
+smoothing = number(float, lambda value: 0 <= value < 0.5, "from 0 to below 0.5")
+
+
 def get_args(argv=None):
     parser = Parser("Distil a student on scored pairs with the rDPO loss.")
     add = parser.add_argument
@@ -401,22 +413,25 @@ def get_args(argv=None):
     add("--beta", type=above_0(), default=0.1, help="how tightly the reference holds the student")
     add("--temperature", type=above_0(), default=1.0, help="T of tau, in units of the score (rdpo)")
     add("--label_smoothing", type=smoothing, default=0.0, help="tau = 1 - this (dpo)")
-    add("--sft_weight", type=float, default=0.0, help="weight of an added imitation loss")
+    add("--sft_weight", type=at_least(0, float), default=0.0,
+        help="weight of an added imitation loss (rdpo, dpo)")
     # optimizer
-    add("--learning_rate", type=float, help="default 5e-6, toy 3e-4; times 10 with LoRA")
-    add("--warmup", type=float, default=0.1, help="share of steps with a rising learning rate")
-    add("--weight_decay", type=float, default=0.0)
-    add("--max_grad_norm", type=float, default=1.0)
+    add("--learning_rate", type=at_least(0, float),
+        help="default 5e-6, for the toy 3e-4; ten times that with LoRA")
+    add("--warmup", type=share, default=0.1, help="share of steps with a rising learning rate")
+    add("--weight_decay", type=at_least(0, float), default=0.0)
+    add("--max_grad_norm", type=above_0(), default=1.0)
     add("--epochs", type=at_least(1), default=1)
     add("--max_steps", type=at_least(1), help="number of steps, in place of --epochs")
     add("--batch_size", type=at_least(1), default=16, help="pairs per optimizer step")
-    add("--seed", type=int, default=0)
+    add("--seed", type=at_least(0), default=0)
     # LoRA
     add("--lora_rank", type=at_least(0), default=0, help="train adapters of this rank, 0: none")
     add("--lora_alpha", type=float, help="adapters are scaled by alpha / rank (default: 2 * rank)")
     add("--save_adapter", action="store_true", help="save the adapter in PEFT's format, unmerged")
-    # memory and speed: these do not change the result
-    add("--tokens_per_batch", type=at_least(1), default=2048, help="most tokens per forward pass")
+    # memory and speed: these change the result by rounding at most
+    add("--tokens_per_batch", type=at_least(1), default=2048,
+        help="tokens per forward pass, unless one pair is longer")
     add("--gradient_checkpointing", action="store_true", help="less memory, more time")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--fsdp", action="store_true", help="under torchrun: shard weights over the ranks")
@@ -444,9 +459,6 @@ def get_args(argv=None):
         args.learning_rate = (5e-6 if args.model else 3e-4) * (10 if args.lora_rank else 1)
     return args
 
-
-share = number(float, lambda value: 0 <= value <= 1, "from 0 to 1")
-smoothing = number(float, lambda value: 0 <= value < 0.5, "from 0 to below 0.5")
 
 if __name__ == "__main__":
     run(main)

@@ -1,20 +1,22 @@
-"""This trainer and Hugging Face TRL's DPOTrainer in turn: the same model, rows, order, learning rates, optimizer, batch, fp32 on the CPU.
+"""Speed and memory of this trainer, beside TRL's DPOTrainer, in float32 on the CPU.
 
-    python bench/speed.py                               everything; some 25 minutes on two cores
-    python bench/speed.py --only trl|vocabulary|rows    one of the three tables
+    python bench/speed.py                               all tables, about 25 minutes on two cores
+    python bench/speed.py --only trl|vocabulary|rows    one of them
 
-trl         throughput, peak memory and losses of plain DPO beside TRL's, with its defaults, without gradient checkpointing, and with the
-            reference's log-probabilities precomputed; then how many reference passes a second run with another beta takes
-vocabulary  peak memory beyond weights, gradients and optimizer, for vocabularies of 4,000 and 152,000: what is needed, where freed
-            memory goes back to the system at once, and what is taken, where the C library keeps some of it
-rows        microseconds per token for files of 1,000 to 16,000 rows
+trl         pairs per second, peak memory and losses of plain DPO, beside TRL's: its defaults,
+            without gradient checkpointing, with a precomputed reference. The same model, rows,
+            order, learning rates and optimizer. Then the number of reference passes that a
+            second run with another beta needs.
+vocabulary  peak memory beyond weights, gradients and optimizer, at vocabularies of 4,000 and
+            152,000: as needed (freed memory returns to the system at once) and as taken (the C
+            library keeps some of it)
+rows        microseconds per token, with files of 1,000 to 16,000 rows
 
-TRL lives in a virtual environment of its own, made at the first run, or given with --trl_python. The rows' texts are those of --data, its
-prompts, chosen and rejected answers each joined and cut into pieces of the length asked for. A pair counts as the tokens that its two
-answers have, each with its own copy of the prompt, whatever a trainer computes; its time is the median of the steps after the first.
+TRL has a virtual environment of its own, created on the first run unless --trl_python names one.
+The rows are made from the texts of --data: its prompts, chosen and rejected answers are each joined
+and cut to the lengths asked for. The tokens of a pair count its prompt with each of its answers,
+however a trainer computes them. Its time is the median of the steps after the first.
 """
-import argparse
-import json
 import os
 import re
 import statistics
@@ -25,28 +27,23 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from data import epoch_order, load_pairs, prompt_text  # noqa: E402
+from bench.parity import (TRL_SCRIPT, read_steps, read_trl_answer, train_flags,  # noqa: E402
+                          write_rows, write_trl_job)
+from data import count_tokens, load_pairs, prompt_text  # noqa: E402
+from infra.command import Parser, at_least, run  # noqa: E402
 from infra.models import TOY_STUDENT, load_tokenizer  # noqa: E402
-from infra.rows import read_rows  # noqa: E402
+from infra.rows import as_messages, read_rows  # noqa: E402
 
 CACHE = os.path.expanduser("~/.cache/rdpo")
-parser = argparse.ArgumentParser(description="Speed and memory, beside TRL's.")
-parser.add_argument("--only", choices=("trl", "vocabulary", "rows"))
-parser.add_argument("--model", default=f"{CACHE}/smollm2-135m", help="a model's folder (default: the one that the tests marked real fetch)")
-parser.add_argument("--data", default=f"{ROOT}/toy/scored.jsonl", help="where the rows' text comes from")
-parser.add_argument("--trl_python", help="Python of an environment that has TRL (default: one is made in ~/.cache/rdpo/trl)")
-parser.add_argument("--steps", type=int, default=6)
-parser.add_argument("--batch_size", type=int, default=4)
-parser.add_argument("--prompt_tokens", type=int, default=300)
-parser.add_argument("--answer_tokens", type=int, default=150)
-parser.add_argument("--threads", type=int, default=os.cpu_count())
-args = parser.parse_args()
+TRL_REQUIREMENTS = ["torch==2.13.0", "transformers>=5.10,<6", "trl"]
+REFERENCE_PASS = r"reference computed for (\d+) in ([\d.]+) s"  # printed by train.py
 
 
-def run(command, **environment):
-    """(the output, peak resident memory in MiB) of a process."""
+def run_process(command, args, **environment):
+    """(standard output, peak resident memory in MiB) of a process. Exits if it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)} | environment
     with tempfile.TemporaryFile("w+") as output:
-        child = subprocess.Popen(command, stdout=output, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)} | environment)
+        child = subprocess.Popen(command, stdout=output, env=environment)
         _, status, usage = os.wait4(child.pid, 0)
         output.seek(0)
         if status:
@@ -54,90 +51,113 @@ def run(command, **environment):
         return output.read(), usage.ru_maxrss / 1024
 
 
-def train(folder, name, *flags):
-    """Runs train.py on folder/rows.jsonl: (its output, the metrics of its steps, peak memory in MiB)."""
+def run_train(folder, name, args, *flags):
+    """(standard output, metrics of each step, peak memory in MiB) of plain DPO on the rows."""
     out_dir = f"{folder}/{name}"
-    output, peak = run([sys.executable, f"{ROOT}/train.py", "--data", f"{folder}/rows.jsonl", "--eval_data", f"{folder}/held_out.jsonl", "--device", "cpu",
-                        "--loss", "dpo", "--max_new_tokens", "1", "--eval_every", "1000000", "--save_every", "1000000", "--cache_dir", f"{folder}/cache",
-                        "--out_dir", out_dir, *map(str, flags)])
-    with open(f"{out_dir}/metrics.jsonl", encoding="utf-8") as file:
-        return output, [line for line in map(json.loads, file) if "loss" in line], peak
+    command = [sys.executable, f"{ROOT}/train.py", *train_flags(folder, out_dir), "--loss", "dpo"]
+    output, peak = run_process([*command, *map(str, flags)], args)
+    return output, read_steps(out_dir), peak
 
 
-def write(path, rows):
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+# ---------------------------------------------------------------------------------------- the table
 
 
-def make_rows(tokenizer, count):
-    """Rows of the lengths asked for: the texts of --data, each kind joined, then cut."""
-    around = len(tokenizer(prompt_text(tokenizer, ""), add_special_tokens=False).input_ids)  # what the chat template adds
-    rows = [{} for _ in range(count)]
-    for key, length in (("prompt", args.prompt_tokens - around), ("chosen", args.answer_tokens - 1), ("rejected", args.answer_tokens - 1)):
-        texts = [row[key] if isinstance(row[key], str) else row[key][-1]["content"] for _, row in read_rows(args.data)]
-        ids = tokenizer("\n".join(texts), add_special_tokens=False).input_ids
+def compare_with_trl(folder, args):
+    python, tokenizer = trl_python(args), load_tokenizer(args.model)
+    write_rows(folder, make_rows(tokenizer, args))
+    pairs, _ = load_pairs(f"{folder}/rows.jsonl", tokenizer, 10**6, needs_scores=False)
+    common = ["--model", args.model, "--batch_size", args.batch_size, "--max_steps", args.steps,
+              "--learning_rate", "1e-5"]
+    runs = {}  # name -> (losses, seconds of the steps after the first, peak MiB)
+    for name, flags in (
+            ("rdpo", []),
+            ("rdpo, one pair a batch", ["--tokens_per_batch", 1]),
+            ("rdpo, one pair, checkpointing",
+             ["--gradient_checkpointing", "--tokens_per_batch", 1])):
+        output, steps, peak = run_train(folder, f"out{len(runs)}", args, *common, *flags)
+        if not runs:  # later runs find the reference in the cache
+            reference = float(re.search(REFERENCE_PASS, output)[2])
+        seconds = [step["step_seconds"] for step in steps[1:]]
+        runs[name] = [step["loss"] for step in steps], seconds, peak
+    output, *_ = run_train(folder, "again", args, *common, "--max_steps", 1, "--beta", 0.5)
+    computed_again = int(re.search(REFERENCE_PASS, output)[1])
+
+    job = f"{folder}/job.json"
+    for name, config in (
+            ("its defaults", {}),
+            ("no checkpointing", {"gradient_checkpointing": False}),
+            ("reference precomputed", {"precompute_ref_log_probs": True}),
+            ("reference precomputed, no checkpointing",
+             {"precompute_ref_log_probs": True, "gradient_checkpointing": False})):
+        write_trl_job(job, pairs, tokenizer, model=args.model, batch_size=args.batch_size,
+                      beta=0.1, max_length=10**6, config=config,
+                      learning_rates=[step["lr"] for step in steps])
+        output, peak = run_process([python, TRL_SCRIPT, job], args)
+        answer = read_trl_answer(output)
+        runs[f"trl {answer['trl']}, {name}"] = answer["losses"], answer["seconds"][1:], peak
+    assert sum(answer["tokens"]) == count_tokens(pairs), "the trainers read different tokens"
+    print_comparison(runs, pairs, reference, computed_again, args)
+
+
+def print_comparison(runs, pairs, reference, computed_again, args):
+    """Print all runs, then each of ours over each of TRL's. reference: seconds of its pass."""
+    pair_tokens, reference_pairs = count_tokens(pairs) / len(pairs), len(pairs) + 1
+    print(f"{len(pairs)} pairs of {pair_tokens:.0f} tokens, {args.batch_size} per step, "
+          f"{args.threads} threads; medians of {args.steps - 1} steps\n\n"
+          f"{'trainer':52s} pairs/s  tokens/s  peak MiB  losses")
+    pair_seconds = {}
+    for name, (losses, seconds, peak) in runs.items():
+        pair_seconds[name] = statistics.median(seconds) / args.batch_size
+        rate = 1 / pair_seconds[name]
+        print(f"{name:52s} {rate:7.3f}  {rate * pair_tokens:8.1f}  {peak:8.0f}  "
+              f"{' '.join(f'{loss:.4f}' for loss in losses)}")
+    print(f"\nrdpo's reference: {reference:.1f} s for {reference_pairs} pairs in the first run, "
+          f"{computed_again} pairs in a second one with another beta\n\n"
+          f"{'rdpo over trl':52s} first epoch, reference included  later epochs  peak memory")
+    for ours in [name for name in runs if name.startswith("rdpo")]:
+        for theirs in [name for name in runs if name.startswith("trl")]:
+            # TRL's precomputing is not in its step times, so only our reference counts.
+            first = pair_seconds[theirs] / (pair_seconds[ours] + reference / reference_pairs)
+            later = pair_seconds[theirs] / pair_seconds[ours]
+            print(f"{ours:30s} {theirs:50s} {first:5.2f} {later:5.2f} "
+                  f"{runs[ours][2] / runs[theirs][2]:5.2f}")
+    losses_of_steps = zip(*(losses for losses, *_ in runs.values()))
+    difference = max(max(losses) - min(losses) for losses in losses_of_steps)
+    print(f"largest difference between two losses: {difference:.1e}")
+
+
+def make_rows(tokenizer, args):
+    """--steps * --batch_size rows of --prompt_tokens and --answer_tokens, from the texts of --data.
+
+    Each of the three texts is a piece of all texts of its kind, joined.
+    """
+    source = [row for _, row in read_rows(args.data)]
+    template_tokens = len(tokenizer(prompt_text(tokenizer, ""), add_special_tokens=False).input_ids)
+    lengths = {"prompt": args.prompt_tokens - template_tokens,
+               "chosen": args.answer_tokens - 1, "rejected": args.answer_tokens - 1}
+    rows = [{} for _ in range(args.steps * args.batch_size)]
+    for key, length in lengths.items():
+        text = "\n".join(as_messages(row[key])[-1]["content"] for row in source)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
         for i, row in enumerate(rows):
             start = i * length % (len(ids) - length)
             row[key] = tokenizer.decode(ids[start:start + length])
     return rows
 
 
-def beside_trl(folder):
+def trl_python(args):
+    """The Python of an environment with TRL, created if --trl_python names none."""
     python = args.trl_python or f"{CACHE}/trl/bin/python"
     if not os.path.exists(python):
         subprocess.run([sys.executable, "-m", "venv", f"{CACHE}/trl"], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "torch==2.13.0", "transformers>=5.10,<6", "trl"], check=True)
-    tokenizer = load_tokenizer(args.model)
-    rows = make_rows(tokenizer, args.steps * args.batch_size)
-    write(f"{folder}/rows.jsonl", rows)
-    write(f"{folder}/held_out.jsonl", rows[:1])
-    pairs, _ = load_pairs(f"{folder}/rows.jsonl", tokenizer, 10**6, needs_scores=False)
-    common = ["--model", args.model, "--batch_size", args.batch_size, "--max_steps", args.steps, "--learning_rate", "1e-5"]
-    runs = {}  # name: losses, seconds of the steps after the first, peak memory
-    for name, flags in (("rdpo", []), ("rdpo, one pair a batch", ["--tokens_per_batch", 1]),
-                        ("rdpo, one pair, checkpointing", ["--gradient_checkpointing", "--tokens_per_batch", 1])):
-        output, steps, peak = train(folder, f"out{len(runs)}", *common, *flags)
-        if not runs:  # the reference is computed by the first run only
-            reference = float(re.search(r"reference computed for \d+ in ([\d.]+) s", output)[1])
-        runs[name] = [step["loss"] for step in steps], [step["step_seconds"] for step in steps[1:]], peak
-    output, *_ = train(folder, "again", *common, "--max_steps", 1, "--beta", 0.5)
-    again = int(re.search(r"reference computed for (\d+) in", output)[1])
-    job = {"model": args.model, "batch_size": args.batch_size, "beta": 0.1, "max_length": 10**6, "learning_rates": [step["lr"] for step in steps]}
-    end = tokenizer.eos_token  # as text that already carries the chat template, TRL adds the end-of-turn token only
-    job["rows"] = [{"prompt": tokenizer.decode(pairs[i].prompt_ids), "chosen": tokenizer.decode(pairs[i].chosen_ids).removesuffix(end),
-                    "rejected": tokenizer.decode(pairs[i].rejected_ids).removesuffix(end)} for i in epoch_order(len(pairs), 0, 0)]
-    for name, config in (("its defaults", {}), ("no checkpointing", {"gradient_checkpointing": False}),
-                         ("reference precomputed", {"precompute_ref_log_probs": True}),
-                         ("reference precomputed, no checkpointing", {"precompute_ref_log_probs": True, "gradient_checkpointing": False})):
-        with open(f"{folder}/job.json", "w", encoding="utf-8") as file:
-            json.dump(job | {"config": config}, file)
-        output, peak = run([python, f"{ROOT}/bench/trl_dpo.py", f"{folder}/job.json"])
-        answer = json.loads(output.strip().splitlines()[-1])
-        runs[f"trl {answer['trl']}, {name}"] = answer["losses"], answer["seconds"][1:], peak
-
-    tokens = sum(2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
-    assert sum(answer["tokens"]) == tokens, "the two trainers do not read the same tokens"
-    tokens /= len(pairs)  # of a pair
-    print(f"{len(pairs)} pairs of {tokens:.0f} tokens, {args.batch_size} per step, {args.threads} threads; medians of {args.steps - 1} steps\n")
-    print("trainer                                              pairs/s  tokens/s  peak MiB  losses")
-    for name, (losses, seconds, peak) in runs.items():
-        rate = args.batch_size / statistics.median(seconds)
-        print(f"{name:52s} {rate:7.3f}  {rate * tokens:8.1f}  {peak:8.0f}  {' '.join(f'{loss:.4f}' for loss in losses)}")
-
-    def pairs_per_second(name, reference=0.0):
-        return 1 / (statistics.median(runs[name][1]) / args.batch_size + reference / (len(pairs) + 1))
-
-    print(f"\nrdpo's reference: {reference:.1f} s for {len(pairs) + 1} pairs in the first run, {again} pairs in a second one with another beta")
-    print("\nrdpo over trl                                        first epoch, reference included  later epochs  peak memory")
-    for ours in [name for name in runs if name.startswith("rdpo")]:
-        for theirs in [name for name in runs if name.startswith("trl")]:
-            once, then = (pairs_per_second(ours, seconds) / pairs_per_second(theirs) for seconds in (reference, 0.0))
-            print(f"{ours:30s} {theirs:50s} {once:5.2f} {then:5.2f} {runs[ours][2] / runs[theirs][2]:5.2f}")
-    losses = [run[0] for run in runs.values()]
-    print(f"largest difference between two losses: {max(max(step) - min(step) for step in zip(*losses)):.1e}")
+        subprocess.run([python, "-m", "pip", "install", "-q", *TRL_REQUIREMENTS], check=True)
+    return python
 
 
-VOCABULARY = """
+# ---------------------------------------------------------------------------------- the vocabulary
+
+# Run with the repository and the vocabulary size; prints the peak and the memory held, in MiB.
+VOCABULARY_SCRIPT = """
 import resource, sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -145,45 +165,77 @@ sys.path.insert(0, sys.argv[1])
 from data import Pair, collate, micro_batches
 from rdpo import sequence_logps
 torch.manual_seed(0)
-model = LlamaForCausalLM(LlamaConfig(vocab_size=int(sys.argv[2]), hidden_size=256, intermediate_size=768, num_hidden_layers=16,
-                                     num_attention_heads=4, tie_word_embeddings=True)).eval()
+model = LlamaForCausalLM(LlamaConfig(
+    vocab_size=int(sys.argv[2]), hidden_size=256, intermediate_size=768, num_hidden_layers=16,
+    num_attention_heads=4, tie_word_embeddings=True)).eval()
 optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-pairs = [Pair("", "", *torch.randint(4000, (600,)).split([300, 150, 150]), None, None) for _ in range(8)]
-pairs = [Pair("", "", *(ids.tolist() for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)), None, None) for pair in pairs]
+texts = [torch.randint(4000, (600,)).split([300, 150, 150]) for _ in range(8)]
+pairs = [Pair("", "", *(ids.tolist() for ids in text), None, None) for text in texts]
 for _ in range(3):
     for batch in micro_batches(pairs, range(8), 2400, True):
         sequence_logps(model, collate([pairs[i] for i in batch], True)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 16 * sum(weight.numel() for weight in model.parameters()) / 2**20)
+weights = sum(weight.numel() for weight in model.parameters())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 16 * weights / 2**20)
 """
 
 
-def vocabulary():
-    print("peak MiB beyond weights, gradients and optimizer, by how the C library treats freed memory")
-    print("vocabulary   weights, gradients, optimizer   gives it back   keeps it (its default)")
-    beyond = []  # (gives it back, keeps it) of each vocabulary
+def measure_vocabulary(folder, args):
+    print("peak MiB beyond weights, gradients and optimizer, by how the C library treats freed "
+          "memory\n"
+          "vocabulary   weights, gradients, optimizer   gives it back   keeps it (its default)")
+    beyond = []  # per vocabulary: (MiB if the C library gives memory back, if it keeps it)
     for size in (4_000, 152_000):
-        command = [sys.executable, "-c", VOCABULARY, ROOT, str(size)]
-        outputs = [run(command, MALLOC_MMAP_THRESHOLD_="65536")[0], run(command)[0]]
+        command = [sys.executable, "-c", VOCABULARY_SCRIPT, ROOT, str(size)]
+        outputs = [run_process(command, args, MALLOC_MMAP_THRESHOLD_="65536")[0],
+                   run_process(command, args)[0]]
         peaks, (held, _) = zip(*(map(float, output.split()) for output in outputs))
         beyond.append([peak - held for peak in peaks])
         print(f"{size:10d}   {held:29.0f}   {beyond[-1][0]:13.0f}   {beyond[-1][1]:8.0f}")
     print("growth " + " ".join(f"{large / small - 1:+.1%}" for small, large in zip(*beyond)))
 
 
-def rows_and_time(folder):
+# ---------------------------------------------------------------------------------------- the rows
+
+
+def measure_rows(folder, args):
     print("rows      microseconds per token, median of 30 steps of the toy student")
     rows = [row for _, row in read_rows(f"{ROOT}/toy/scored.jsonl")]
-    write(f"{folder}/held_out.jsonl", rows[:1])
     for count in (1_000, 4_000, 16_000):
-        write(f"{folder}/rows.jsonl", [row | {"prompt": f"{row['prompt']} ({i // len(rows)})"} for i, row in enumerate((rows * 20)[:count])])
-        _, steps, _ = train(folder, f"rows{count}", "--model", TOY_STUDENT, "--max_steps", 31)
-        print(f"{count:6d}    {1e6 * statistics.median(step['step_seconds'] / step['tokens'] for step in steps[1:]):.1f}")
+        distinct = [rows[i % len(rows)] for i in range(count)]
+        write_rows(folder, [row | {"prompt": f"{row['prompt']} ({i // len(rows)})"}
+                            for i, row in enumerate(distinct)])
+        _, steps, _ = run_train(folder, f"rows{count}", args, "--model", TOY_STUDENT,
+                                "--max_steps", 31)
+        seconds = statistics.median(step["step_seconds"] / step["tokens"] for step in steps[1:])
+        print(f"{count:6d}    {1e6 * seconds:.1f}")
 
 
-for name, bench in (("trl", beside_trl), ("vocabulary", lambda _: vocabulary()), ("rows", rows_and_time)):
-    if args.only in (None, name):
-        with tempfile.TemporaryDirectory() as folder:
-            bench(folder)
-            print()
+TABLES = {"trl": compare_with_trl, "vocabulary": measure_vocabulary, "rows": measure_rows}
+
+
+def main():
+    parser = Parser("Measure speed and memory, beside TRL's.")
+    add = parser.add_argument
+    add("--only", choices=TABLES, help="print one table (default: all)")
+    add("--model", default=f"{CACHE}/smollm2-135m",
+        help="a model folder (default: the one that the tests marked real download)")
+    add("--data", default=f"{ROOT}/toy/scored.jsonl", help="rows that supply the texts")
+    add("--trl_python", help="Python of an environment with TRL (default: one is created in "
+                             "~/.cache/rdpo/trl)")
+    add("--steps", type=at_least(2), default=6)
+    add("--batch_size", type=int, default=4, help="pairs per step")
+    add("--prompt_tokens", type=int, default=300)
+    add("--answer_tokens", type=int, default=150)
+    add("--threads", type=int, default=os.cpu_count(), help="threads of each process")
+    args = parser.parse_args()
+    for name, measure in TABLES.items():
+        if args.only in (None, name):
+            with tempfile.TemporaryDirectory() as folder:
+                measure(folder, args)
+                print()
+
+
+if __name__ == "__main__":
+    run(main)

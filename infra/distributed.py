@@ -134,7 +134,7 @@ def is_sharded(model):
     return isinstance(model, FSDPModule)
 
 
-def loss_scale(model):
+def gradient_ranks(model):
     """FSDP averages gradients over ranks where they must be summed: multiply the loss by this."""
     return world_size() if is_sharded(model) else 1
 

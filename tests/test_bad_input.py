@@ -208,7 +208,9 @@ def test_float16_needs_cuda(run_train, write_rows):
     ["--beta", 0], ["--beta", "nan"], ["--temperature", -1], ["--batch_size", 0],
     ["--max_steps", 0], ["--max_length", 0], ["--label_smoothing", 0.7, "--loss", "dpo"],
     ["--label_smoothing", 0.1], ["--lora_alpha", 8], ["--save_adapter"], ["--lora_rank", -1],
-    ["--fsdp", "--compile"], ["--fsdp"], ["--betta", 1], ["--loss", "ppo"]], ids=str)
+    ["--fsdp", "--compile"], ["--fsdp"], ["--betta", 1], ["--loss", "ppo"], ["--seed", -1],
+    ["--learning_rate", -1], ["--max_grad_norm", 0], ["--max_grad_norm", "nan"], ["--warmup", 2]],
+    ids=str)
 def test_flags_out_of_range_or_that_do_not_go_together(run_train, flags):
     assert_one_line(run_train("--data", "rows.jsonl", *flags), flags[0])
 

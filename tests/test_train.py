@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import rdpo
 import train
-from data import collate, count_tokens, longest_row, micro_batches
+from data import collate, count_chosen, longest_row, micro_batches
 from infra.command import BadInput
 from infra.models import TOY_STUDENT
 from infra.selfcheck import check_equal
@@ -53,7 +53,7 @@ def test_any_micro_batch_split_gives_the_same_gradient(loss, share_prefix, tmp_p
     model, pairs, args = tiny_model(), random_pairs(12), args_for(loss=loss, sft_weight=0.3)
     other = tiny_model(seed=1)  # as the reference, so that margins are not 0
     data, _ = dataset_of(other, pairs, args, tmp_path, share_prefix)
-    tokens = count_tokens(pairs, "chosen")
+    tokens = count_chosen(pairs)
 
     def gradient(batches, pair_count=12, token_count=tokens):
         model.zero_grad()
@@ -68,7 +68,7 @@ def test_any_micro_batch_split_gives_the_same_gradient(loss, share_prefix, tmp_p
     # An empty micro-batch, which FSDP needs, adds nothing.
     assert torch.allclose(gradient([list(range(12)), []]), whole, atol=1e-6)
     # Control: each micro-batch averaged over itself, the mistake of other trainers.
-    wrong = sum(gradient([batch], len(batch), count_tokens([pairs[i] for i in batch], "chosen"))
+    wrong = sum(gradient([batch], len(batch), count_chosen([pairs[i] for i in batch]))
                 for batch in (list(range(10)), [10, 11])) / 2
     assert not torch.allclose(wrong, whole, atol=1e-4)
 
@@ -94,7 +94,7 @@ def plain_metrics(model, reference, pairs, args):
     means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]
              if name != "agrees"}
     agrees = [row["agrees"] for row in rows if row["agrees"] is not None]
-    imitation = -sum(row["logps/chosen"] for row in rows) / count_tokens(pairs, "chosen")
+    imitation = -sum(row["logps/chosen"] for row in rows) / count_chosen(pairs)
     preference = means.pop("preference")
     means["loss"] = (imitation if args.loss in ("sft", "dsc")
                      else preference + args.sft_weight * imitation)
