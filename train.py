@@ -8,6 +8,7 @@ From top to bottom: the losses, one forward pass, the reference pass, main() (da
 reference, optimizer, loop, export), the flags. The loss of a pair and the log-probabilities are
 rdpo.py's; tokens and batches are data.py's. infra/ can be skipped at first.
 """
+import argparse
 import contextlib
 import math
 import os
@@ -26,7 +27,9 @@ from infra.command import Parser, above_0, at_least, number, refuse, run, warn
 from infra.generate import generate
 from infra.lora import add_lora, without_lora
 from infra.plots import draw_curves, have_matplotlib
-from infra.runlog import SampleAnswers, peak_memory_mib, print_plan, table_line
+from infra.rounding import Masters
+from infra.runlog import (TABLE_HEAD, SampleAnswers, peak_memory_mib, print_grid, print_plan,
+                          table_line)
 from rdpo import (ReferenceCache, plain_sequence_logps, preference_probability, rdpo_loss,
                   sequence_key, sequence_logps)
 
@@ -222,10 +225,15 @@ def main(argv=None):
     # Policy: float32 master weights, or frozen weights and float32 adapters. It stays in eval
     # mode: dropout would add noise to the log-ratios.
     policy = models.load_model(model_name, dtype="auto")
-    saved_dtype = policy.dtype
+    saved_dtype = policy.dtype if args.save_dtype == "auto" else getattr(torch, args.save_dtype)
     weights_before = models.sample_weights(dict(policy.named_parameters()))
+    if not args.lora_rank and dtype != torch.float32 and policy.dtype != dtype:
+        print(f"student: stored in {str(policy.dtype)[6:]}, rounded to {args.dtype} first")
+        models.cast_weights(policy, dtype)  # so that policy and reference are equal at step 0
     # Frozen 16-bit weights stay as stored under autocast. FSDP casts layer by layer.
     if dtype == torch.float32 if args.lora_rank else not args.fsdp:
+        models.cast_weights(policy, torch.float32)
+    # The cache hashes the reference's weights: create it before adapters and shards.
         models.cast_weights(policy, torch.float32)
     # The cache hashes the reference's weights: create it before adapters and shards.
     computed_as = [args.dtype] + ["sharded"] * args.fsdp + ["compiled"] * args.compile
@@ -252,9 +260,9 @@ def main(argv=None):
     samples = SampleAnswers(args.model is None, val_pairs)
     answers_before = sample_answers(policy, tokenizer, samples.prompts, args)
 
-    # Optimizer: AdamW on the float32 weights. The gradient scaler acts under float16 only.
-    trained = [weight for weight in policy.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate,
+    # Optimizer: AdamW on the float32 masters. The gradient scaler acts under float16 only.
+    masters = Masters(policy, dtype, args.seed)
+    optimizer = torch.optim.AdamW(masters.parameters(), lr=args.learning_rate,
                                   weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     steps_per_epoch = math.ceil(len(train_pairs) / args.batch_size)
@@ -266,18 +274,20 @@ def main(argv=None):
     state_dir = os.path.join(args.out_dir, "state")
     first_step = 0
     if args.resume:
-        first_step = checkpoint.load_state(state_dir, policy, optimizer, scaler, args, data_hash)
+        first_step = checkpoint.load_state(state_dir, masters, optimizer, scaler, args, data_hash)
+    masters.round(first_step)
     metrics_file = checkpoint.begin_out_dir(args, first_step)
-    print_plan(args, policy, len(train_pairs), len(val_pairs), reference, first_step,
-               total_steps)
+    print_plan(args, policy, len(train_pairs), len(val_pairs), reference, first_step, total_steps)
+    print_grid(weights_before, saved_dtype if dtype == torch.float32 else dtype, args)
+    print("\n" + TABLE_HEAD)
+    val_metrics = evaluate(policy, val, args)
     if first_step == 0:
-        val_metrics = evaluate(policy, val, args)
         metrics_file.log(step=0, epoch=0.0, **val_metrics)
         print(table_line(0, {}, val_metrics))
 
     # Loop: one optimizer step per batch_size pairs.
     stop_signal = checkpoint.StopSignal()
-    flat_gradients = dist.flat_gradients(policy)
+    flat_gradients = dist.flat_gradients(masters)
     progress = tqdm(total=total_steps, initial=first_step, desc="training", unit="step",
                     disable=dist.rank() > 0 or None, leave=False)
     for step in range(first_step, total_steps):
@@ -297,6 +307,7 @@ def main(argv=None):
             scaler.scale(loss * dist.gradient_ranks(policy)).backward()
             sums += batch_sums
             log_ratios |= {train_pairs[i].where: ratio for i, ratio in zip(batch, ratios.T)}
+        masters.collect_gradients()
         dist.sum_gradients(flat_gradients)
         if step == 0:  # gate: the policy still is the reference, so every log-ratio is 0
             tokens = {pair.where: longest_row(pair) for pair in step_pairs}
@@ -304,7 +315,7 @@ def main(argv=None):
 
         # Update. A step that is not finite is never taken.
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(masters.parameters(), args.max_grad_norm)
         metrics = mean_metrics(sums, len(indices))  # here the CPU waits for the GPU
         grad_norm = dist.full_tensor(grad_norm).item()
         selfcheck.check_step(step, metrics["loss"], grad_norm, scaler, log_ratios, state_dir)
@@ -314,6 +325,7 @@ def main(argv=None):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=flat_gradients is None)
+        masters.round(step + 1)
 
         # Log, evaluate, save. Evaluate before the save: a resumed run would not do it again.
         done = step + 1
@@ -330,7 +342,7 @@ def main(argv=None):
                 print(table_line(done, metrics, val_metrics))
         stop = dist.maximum(stop_signal.number)  # a signal to one rank stops all
         if done % args.save_every == 0 or done == total_steps or stop:
-            checkpoint.save_state(state_dir, done, policy, optimizer, scaler, args, data_hash)
+            checkpoint.save_state(state_dir, done, masters, optimizer, scaler, args, data_hash)
         if stop:
             progress.close()
             print(f"stopped after step {done}, saved; the same command with --resume continues")
@@ -340,13 +352,36 @@ def main(argv=None):
 
     # Export: a Hugging Face folder that transformers, vLLM and llama.cpp load, or an adapter.
     answers_after = sample_answers(policy, tokenizer, samples.prompts, args)
-    changed = checkpoint.export(policy, tokenizer, saved_dtype, weights_before, args)
-    if dist.rank() == 0:
-        if have_matplotlib():
-            draw_curves([args.out_dir], os.path.join(args.out_dir, "curves.png"))
-        print(f"\n{samples.report(answers_before, answers_after)}\n"
-              f"{changed} in {args.out_dir} after {time.monotonic() - began:.0f} s")
+    changed = checkpoint.export(policy, masters, tokenizer, saved_dtype, weights_before, args)
+    is_writer = dist.rank() == 0
     dist.cleanup()
+    if not is_writer:
+        return
+    if have_matplotlib():
+        draw_curves([args.out_dir], os.path.join(args.out_dir, "curves.png"))
+    print(f"\n{samples.report(answers_before, answers_after)}")
+    if not args.save_adapter and not args.skip_saved_check:
+        del policy, masters, optimizer  # room for the saved student
+        check_saved(val, val_metrics, args)
+    print(f"{changed} in {args.out_dir} after {time.monotonic() - began:.0f} s")
+
+
+def check_saved(val, trained, args):
+    """Print the validation margin of the student read back from out_dir beside the trained one.
+
+    The margin is before beta, in nats: the change of the log-odds between the two answers. Rank 0
+    evaluates alone: the other ranks have left. Warns if more than a tenth of it was lost.
+    """
+    student = models.load_model(args.out_dir, dtype="auto")
+    if student.dtype == torch.float32:  # autocast would round it to nearest
+        args = argparse.Namespace(**vars(args) | {"dtype": "float32"})
+    models.cast_weights(student.to(args.device), torch.float32)
+    saved = evaluate(student, val, args)["eval/rewards/margins"] / args.beta
+    trained = trained["eval/rewards/margins"] / args.beta
+    print(f"as saved: margin {saved:.2f} of {trained:.2f} (validation pairs, nats, before beta)")
+    if abs(saved - trained) > max(0.1 * abs(trained), 0.05):
+        warn(f"the student in {args.out_dir} is not the one that was trained: its weights were "
+             "rounded. Try --save_dtype float32; see docs/sixteen_bits.md")
 
 
 def load_train_val(args, tokenizer):
@@ -441,6 +476,10 @@ def get_args(argv=None):
     add("--cache_dir", default="~/.cache/rdpo", help="reference log-probabilities of all runs")
     # output
     add("--out_dir", default="out")
+    add("--save_dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="of the saved student (default: as it was loaded)")
+    add("--skip_saved_check", action="store_true",
+        help="do not evaluate the saved student again, which needs room for all of it")
     add("--resume", action="store_true", help="continue from the last state in out_dir")
     add("--overwrite", action="store_true", help="delete an earlier run in out_dir")
     add("--eval_every", type=at_least(1), help="steps between evaluations (default: 10 in all)")

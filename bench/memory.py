@@ -1,13 +1,13 @@
-"""How much memory training takes, computed from shapes alone: no weights, no GPU, no download.
+"""Memory of a training step, computed from shapes alone: no weights, no GPU, no download.
 
-    python bench/memory.py                                          the recipes of docs/scale.md
-    python bench/memory.py --shape solar-10.7b --lora_rank 16       one set of flags, as for train.py
-    python bench/memory.py --check                                  predicts small steps, takes them, and compares (Linux)
+    python bench/memory.py                                      the recipes of docs/scale.md
+    python bench/memory.py --shape solar-10.7b --lora_rank 16   one set of flags, as for train.py
+    python bench/memory.py --check                              predict, measure, compare (Linux)
 
-Weights, gradients and AdamW's two moments are counted: they follow from the number of parameters. What a forward and backward pass
-needs on top is found by taking the step itself, train.py's own functions, on PyTorch's fake tensors: they have shapes and no content,
-and every operation reports what it allocates and frees. Not in here: what CUDA and its libraries take (around 1 GB a GPU), and
-what the allocator loses between blocks. Leave a tenth.
+Weights, gradients and AdamW's two moments follow from the number of parameters. The rest is found
+by taking the step with train.py's own functions on PyTorch's fake tensors, which have shapes and
+no content: every operation reports what it allocates and frees. Not counted: CUDA and its
+libraries (about 1 GB per GPU), and what the allocator loses between blocks. Leave a tenth.
 """
 import argparse
 import os
@@ -28,15 +28,17 @@ from data import Pair, batch_tokens, collate  # noqa: E402
 from infra.command import run  # noqa: E402
 from infra.lora import add_lora  # noqa: E402
 from infra.models import checkpoint_layers  # noqa: E402
+from infra.rounding import Masters  # noqa: E402
 
-SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied embeddings; biases and the like are left out
+# hidden, intermediate, layers, heads, key-value heads, vocabulary, tied embeddings
+SHAPES = {
     "smollm2-135m": (576, 1536, 30, 9, 3, 49152, True),
     "1b": (2048, 8192, 16, 32, 8, 128256, True),
     "7b": (4096, 11008, 32, 32, 32, 32000, False),
     "8b": (4096, 14336, 32, 32, 8, 128256, False),
     "solar-10.7b": (4096, 14336, 48, 32, 8, 32000, False),
 }
-RECIPES = (  # what docs/scale.md states
+RECIPES = (  # of docs/scale.md
     "--shape smollm2-135m --dtype float32 --tokens_per_batch 1024",
     "--shape smollm2-135m --dtype float32 --tokens_per_batch 1024 --lora_rank 16",
     "--shape 8b --lora_rank 16 --gradient_checkpointing --tokens_per_batch 2048",
@@ -44,43 +46,54 @@ RECIPES = (  # what docs/scale.md states
     "--shape solar-10.7b --lora_rank 16 --gradient_checkpointing --tokens_per_batch 16384",
     "--shape solar-10.7b --fsdp 8 --gradient_checkpointing --tokens_per_batch 8192",
 )
-CHECKS = [f"--shape smollm2-135m --dtype float32 --tokens_per_batch 512 --prompt_length 256 --answer_length 128{more}"
-          for more in ("", " --gradient_checkpointing", " --lora_rank 16", " --lora_rank 16 --gradient_checkpointing")]
+CHECKS = [f"--shape smollm2-135m --dtype float32 --tokens_per_batch 512 --prompt_length 256 "
+          f"--answer_length 128{more}"
+          for more in ("", " --gradient_checkpointing", " --lora_rank 16",
+                       " --lora_rank 16 --gradient_checkpointing")]
 
 
 def parse(words):
-    parser = argparse.ArgumentParser(description="Memory of a training step, from shapes alone.", allow_abbrev=False)
-    parser.add_argument("--shape", choices=SHAPES, help="the student's shape")
-    parser.add_argument("--lora_rank", type=int, default=0, help="0: all weights are trained")
-    parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute dtype")
-    parser.add_argument("--tokens_per_batch", type=int, default=2048)
-    parser.add_argument("--prompt_length", type=int, default=512, help="tokens of a prompt")
-    parser.add_argument("--answer_length", type=int, default=256, help="tokens of each answer")
-    parser.add_argument("--fsdp", type=int, default=1, metavar="GPUS", help="GPUs that share the weights (default: one that has all)")
-    parser.add_argument("--pairs", type=int, default=10_000, help="rows of the run, for the size of the reference cache")
-    parser.add_argument("--check", action="store_true", help="compare predictions with measurements on this machine")
-    parser.add_argument("--measure", action="store_true", help="take the step for real and print the bytes it took")
+    parser = argparse.ArgumentParser(description="Memory of a training step, from shapes alone.",
+                                     allow_abbrev=False)
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, help="the student's shape")
+    add("--lora_rank", type=int, default=0, help="0: all weights are trained")
+    add("--gradient_checkpointing", action="store_true")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute dtype")
+    add("--tokens_per_batch", type=int, default=2048)
+    add("--prompt_length", type=int, default=512, help="tokens of a prompt")
+    add("--answer_length", type=int, default=256, help="tokens of each answer")
+    add("--fsdp", type=int, default=1, metavar="GPUS", help="GPUs that share the weights")
+    add("--pairs", type=int, default=10_000, help="rows, for the size of the reference cache")
+    add("--check", action="store_true", help="compare with measurements on this machine")
+    add("--measure", action="store_true", help="take the step and print the bytes it took")
     return parser.parse_args(words)
 
 
-# ----------------------------------------------------------------------------------------------------------- a step
+# ----------------------------------------------------------------------------------------- a step
 
 
 def build(args):
-    """A student as train.py prepares it: frozen and in the compute dtype beside adapters, or all float32; and a micro-batch."""
+    """(model, masters, batch) as train.py prepares them. Under FSDP the model is the gathered one,
+    in the compute dtype, and masters is None."""
     hidden, intermediate, layers, heads, kv_heads, vocab, tied = SHAPES[args.shape]
-    config = LlamaConfig(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads, vocab_size=vocab,
-                         num_key_value_heads=kv_heads, tie_word_embeddings=tied, max_position_embeddings=4096)
-    in_compute_dtype = args.lora_rank or args.fsdp > 1  # FSDP gathers its float32 shards in the compute dtype
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype) if in_compute_dtype else torch.float32,
-                                             attn_implementation="sdpa").eval()
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocab,
+        tie_word_embeddings=tied, max_position_embeddings=4096)
+    dtype = getattr(torch, args.dtype)
+    as_stored = args.lora_rank or args.fsdp > 1
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=dtype if as_stored else torch.float32, attn_implementation="sdpa").eval()
     if args.lora_rank:
         add_lora(model, args.lora_rank, 2 * args.lora_rank)
     if args.gradient_checkpointing:
         checkpoint_layers(model)
-    pair = Pair("", "", [1] * args.prompt_length, [1] * args.answer_length, [1] * args.answer_length, None, None)
-    return model, collate([pair] * max(1, args.tokens_per_batch // batch_tokens(pair, True)), share_prefix=True)
+    masters = Masters(model, dtype, seed=0) if args.fsdp == 1 else None
+    answer = [1] * args.answer_length
+    pair = Pair("", "", [1] * args.prompt_length, answer, answer, None, None)
+    count = max(1, args.tokens_per_batch // batch_tokens(pair, True))
+    return model, masters, collate([pair] * count, share_prefix=True)
 
 
 def forward(model, batch, args):
@@ -89,7 +102,7 @@ def forward(model, batch, args):
 
 
 class LiveBytes(TorchDispatchMode):
-    """While it is on: the bytes of all tensor storages that live, and the most there ever were."""
+    """While it is on: the bytes of all live tensor storages, and their largest sum so far."""
 
     def __init__(self):
         super().__init__()
@@ -113,33 +126,49 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+def bytes_of(weights):
+    return sum(weight.nbytes for weight in weights)
+
+
 def predict(args):
     """{what: bytes} of a step on each GPU."""
-    if args.dtype == "bfloat16":  # stands for a GPU, which gets larger chunks of logits than the CPU of the fake tensors
+    if args.dtype == "bfloat16":  # stands for a GPU, which takes larger chunks of logits
         rdpo.HEAD_BYTES["cpu"] = rdpo.HEAD_BYTES["cuda"]
     with FakeTensorMode(), LiveBytes() as live:
-        model, batch = build(args)
+        model, masters, batch = build(args)
         trained = [weight for weight in model.parameters() if weight.requires_grad]
-        count, trained_count = (sum(weight.numel() for weight in weights) for weights in (list(model.parameters()), trained))
-        frozen_bytes = 2 if args.dtype == "bfloat16" else 4
+        trained_count = sum(weight.numel() for weight in trained)
         gathered = sent = 0
-        if args.fsdp > 1:  # two layers, the one at work and the next one, and what stands outside the layers
-            layers = [sum(weight.nbytes for weight in layer.parameters()) for layer in model.base_model.layers]
-            gathered = sum(weight.nbytes for weight in model.parameters()) - sum(layers) + 2 * layers[0]
-            # The next layer as it arrives, in one piece; the gradients of this one; those of the one before, in float32, to be added up.
-            sent = layers[0] + sum(weight.nbytes + 4 * weight.numel() for weight in model.base_model.layers[0].parameters() if weight.requires_grad)
-            for weight in trained:  # a layer's gradients leave as soon as they are there
+        if masters is None:  # FSDP
+            layers = [list(layer.parameters()) for layer in model.base_model.layers]
+            frozen = bytes_of(model.parameters()) - bytes_of(trained)
+            copies = 4 * trained_count * (args.dtype == "bfloat16")
+            weights = (4 * trained_count + copies + frozen) // args.fsdp
+            # Gathered: the layer at work, the next one, and what is outside the layers.
+            gathered = bytes_of(model.parameters()) - sum(map(bytes_of, layers))
+            gathered += 2 * bytes_of(layers[0])
+            # Sent: the next layer as it arrives, this layer's gradients, and those of the layer
+            # before in float32, to be summed.
+            layer = [weight for weight in layers[0] if weight.requires_grad]
+            sent = bytes_of(layers[0]) + bytes_of(layer) + sum(4 * w.numel() for w in layer)
+            for weight in trained:  # a layer's gradients leave at once
                 weight.register_post_accumulate_grad_hook(drop_gradient)
-        else:  # there from an earlier micro-batch
-            for weight in trained:
-                weight.grad = torch.zeros_like(weight)
+        else:
+            owned = {id(weight): weight for weight in (*model.parameters(), *masters.parameters())}
+            weights = bytes_of(owned.values())
+            for master in masters.parameters():  # from an earlier micro-batch
+                master.grad = torch.zeros_like(master)
+            for _, master, copy in masters.pairs:
+                if copy.dtype == torch.float32:  # its own gradient until the step's end
+                    copy.grad, master.grad = master.grad, None
         before = live.now
         loss = forward(model, batch, args)
         activations = live.now - before
         live.peak = live.now
         loss.backward()
-    return {"weights": (4 * trained_count + frozen_bytes * (count - trained_count)) // args.fsdp, "gathered": gathered, "sent": sent,
-            "gradients": 4 * trained_count // args.fsdp, "optimizer": 8 * trained_count // args.fsdp,
+    return {"weights": weights, "gathered": gathered, "sent": sent,
+            "gradients": 4 * trained_count // args.fsdp,
+            "optimizer": 8 * trained_count // args.fsdp,
             "activations": activations, "backward": live.peak - before - activations}
 
 
@@ -147,22 +176,22 @@ def drop_gradient(weight):
     weight.grad = None
 
 
-# ---------------------------------------------------------------------------------------------------- against reality
+# -------------------------------------------------------------------------------- against reality
 
 
 def measure(args):
-    """The most bytes of resident memory that it really took, on the CPU of this machine, in a process of its own."""
+    """Peak resident bytes of a real step on this CPU, in a process of its own."""
     before = resident("VmRSS")
-    model, batch = build(args)
-    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], fused=True)
+    model, masters, batch = build(args)
+    optimizer = torch.optim.AdamW(masters.parameters(), fused=True)
     forward(model, batch, args).backward()
     optimizer.step()
-    forward(model, batch, args).backward()  # with gradients and moments there: the peak
+    forward(model, batch, args).backward()  # with gradients and moments: the peak
     return resident("VmHWM") - before
 
 
 def resident(field):
-    """VmRSS, what is resident now, or VmHWM, the most that ever was, in bytes."""
+    """VmRSS, resident now, or VmHWM, the most so far, in bytes."""
     with open("/proc/self/status", encoding="utf-8") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
@@ -171,10 +200,13 @@ def check():
     print("peak on this CPU, MB                     predicted  measured  predicted / measured")
     for words in CHECKS:
         predicted = sum(predict(parse(words.split())).values())
-        # Freed blocks go back to the system at once, so that what is resident is what lives.
+        # Return freed blocks to the system at once, so that resident memory is live memory.
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
         command = [sys.executable, __file__, "--measure", *words.split()]
-        measured = int(subprocess.run(command, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}, check=True, capture_output=True, text=True).stdout)
-        print(f"{words}\n{'':40s} {predicted / 1e6:9.0f} {measured / 1e6:9.0f} {predicted / measured:21.2f}")
+        measured = int(subprocess.run(command, env=environment, check=True, capture_output=True,
+                                      text=True).stdout)
+        print(f"{words}\n{'':40s} {predicted / 1e6:9.0f} {measured / 1e6:9.0f} "
+              f"{predicted / measured:21.2f}")
         if not 0.85 <= predicted / measured <= 1.15:
             raise SystemExit("the prediction is off by more than 15 %")
 
@@ -182,10 +214,11 @@ def check():
 def show(words):
     args = parse(words.split())
     parts = predict(args)
-    print(words)
-    print(f"    {sum(parts.values()) / 1e9:.1f} GB" + (" on each GPU" if args.fsdp > 1 else "") + ": "
-          + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-          + f"; on disk, reference cache of {args.pairs:,} pairs {72 * args.pairs / 1e6:.1f} MB\n")  # 32 + 4 bytes an answer
+    sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    cache = 72 * args.pairs / 1e6  # 32 + 4 bytes per answer
+    print(f"{words}\n    {sum(parts.values()) / 1e9:.1f} GB"
+          f"{' on each GPU' if args.fsdp > 1 else ''}: {sizes}; on disk, reference cache of "
+          f"{args.pairs:,} pairs {cache:.1f} MB\n")
 
 
 def main():

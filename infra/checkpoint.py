@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 import infra.distributed as dist
 from infra.command import refuse
 from infra.lora import merged, save_adapter
-from infra.models import TOY_STUDENT, sample_weights, share_changed, trained_weights
+from infra.models import TOY_STUDENT, sample_weights, share_changed
+from infra.rounding import stochastic_round
 from infra.rows import atomic_write
 
 # ----------------------------------------------------------------------------------------- out_dir
@@ -81,7 +82,7 @@ class MetricsFile:
 # ------------------------------------------------------------------------------------------- state
 
 
-def save_state(folder, step, policy, optimizer, scaler, args, data_hash):
+def save_state(folder, step, masters, optimizer, scaler, args, data_hash):
     """Write everything a resumed run needs to folder/step-N, then delete older states.
 
     The folder is written under another name, then renamed. Under FSDP each rank writes its own
@@ -95,9 +96,9 @@ def save_state(folder, step, policy, optimizer, scaler, args, data_hash):
         os.makedirs(temporary)
     if args.fsdp:
         dist.barrier()
-        dist.save_shards(temporary, policy, optimizer)
+        dist.save_shards(temporary, masters, optimizer)
     elif is_writer:
-        save_file(trained_weights(policy), os.path.join(temporary, "model.safetensors"))
+        save_file(masters.state_dict(), os.path.join(temporary, "model.safetensors"))
         state["optimizer"] = optimizer.state_dict()
     if is_writer:
         torch.save(state, os.path.join(temporary, "training.pt"))
@@ -121,7 +122,7 @@ def newest_state(folder):
     return os.path.join(folder, names[-1]) if names else None
 
 
-def load_state(folder, policy, optimizer, scaler, args, data_hash):
+def load_state(folder, masters, optimizer, scaler, args, data_hash):
     """Load the newest state of a folder in place. Returns its step, 0 if there is none."""
     path = newest_state(folder)
     if path is None:
@@ -132,11 +133,9 @@ def load_state(folder, policy, optimizer, scaler, args, data_hash):
                     "the saved run had other rows, targets or weights of --model; give the same "
                     "--data and --model, or another --out_dir"))
     if args.fsdp:
-        dist.load_shards(path, policy, optimizer)
+        dist.load_shards(path, masters, optimizer)
     else:
-        saved = load_file(os.path.join(path, "model.safetensors"))
-        for name, weight in trained_weights(policy).items():
-            weight.copy_(saved[name])
+        masters.load_state_dict(load_file(os.path.join(path, "model.safetensors")))
         optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     return state["step"]
@@ -163,18 +162,29 @@ class StopSignal:
 # ----------------------------------------------------------------------------------------- student
 
 
-def student_weights(policy, dtype):
+def student_weights(policy, masters, dtype, seed):
     """{name: tensor} of the student as it is saved, in dtype on the CPU; {} on FSDP's other ranks.
 
-    Adapters are merged. Buffers keep their dtype. Tied weights appear once.
+    Adapters are merged, 16-bit weights are rounded stochastically: weights that already are on
+    the grid, as the model's under a 16-bit compute dtype, stay. Buffers keep their dtype. Tied
+    weights appear once.
     """
+    weights, student = dist.full_state_dict(policy), {}
+    if dtype == torch.float32:  # the masters, not their rounded copies
+        weights |= {name.replace("/", "."): master
+                    for name, master in dist.full_state_dict(masters).items()}
     buffers = {name for name, _ in policy.named_buffers()}
-    return {name: tensor.to("cpu", None if name in buffers else dtype)
-            for name, tensor in merged(policy, dist.full_state_dict(policy))
-            if name not in policy.all_tied_weights_keys}
+    for name, tensor in merged(policy, weights):
+        if name not in policy.all_tied_weights_keys and name not in buffers:
+            if dtype != torch.float32:
+                tensor = stochastic_round(tensor.float(), dtype, seed, "save", name)
+            tensor = tensor.to("cpu", dtype)
+        if name not in policy.all_tied_weights_keys:
+            student[name] = tensor.cpu()
+    return student
 
 
-def export(policy, tokenizer, dtype, weights_before, args):
+def export(policy, masters, tokenizer, dtype, weights_before, args):
     """Save the student in dtype as a Hugging Face folder, or its adapter in PEFT's format.
 
     Every file is written aside, then moved. Returns the line to print.
@@ -187,7 +197,7 @@ def export(policy, tokenizer, dtype, weights_before, args):
             save_adapter(policy, weights, aside, args.model or TOY_STUDENT)
         report = "adapter saved"
     else:
-        weights = student_weights(policy, dtype)
+        weights = student_weights(policy, masters, dtype, args.seed)
         if dist.rank() == 0:
             changed = 100 * share_changed(weights_before, sample_weights(weights))
             report = f"student saved ({changed:.1f} % of its weights changed)"

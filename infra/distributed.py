@@ -8,6 +8,7 @@
 A loss is divided by the totals of the whole step, so sums over ranks equal what one process
 computes. Without torchrun there is one rank, 0 of 1, and every function here does nothing.
 """
+import math
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ import types
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
+from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
                                     register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor, init_device_mesh
 
@@ -108,17 +109,17 @@ def maximum(number):
 # -------------------------------------------------------------------------------------- gradients
 
 
-def flat_gradients(model):
+def flat_gradients(masters):
     """DDP: one buffer that every weight.grad is a view of, so that one all_reduce sums them all.
 
     None for one process, and under FSDP, which sums gradients in its backward pass. A weight
     that no pair of a step uses (an idle expert) gets a gradient of 0 here, not none.
     """
-    if not dist.is_initialized() or is_sharded(model):
+    weights = list(masters.parameters())
+    if not dist.is_initialized() or is_sharded(masters):
         return None
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
     sizes = [weight.numel() for weight in weights]
-    buffer = torch.zeros(sum(sizes), device=model.device)
+    buffer = torch.zeros(sum(sizes), device=weights[0].device)
     for weight, view in zip(weights, buffer.split(sizes)):
         weight.grad = view.view_as(weight)
     return buffer
@@ -131,7 +132,15 @@ def sum_gradients(buffer):
 
 
 def is_sharded(model):
-    return isinstance(model, FSDPModule)
+    return any(isinstance(weight, DTensor) for weight in model.parameters())
+
+
+def local_shard(weight):
+    """(this rank's part of a weight, the index of its first element in the whole weight)."""
+    if not isinstance(weight, DTensor):
+        return weight, 0
+    rows, row_size = len(weight), weight.numel() // len(weight)  # FSDP2 shards dimension 0
+    return weight.to_local(), min(rank() * math.ceil(rows / world_size()), rows) * row_size
 
 
 def gradient_ranks(model):
@@ -174,22 +183,18 @@ def full_state_dict(model):
     return get_model_state_dict(model, options=options)
 
 
-def save_shards(folder, model, optimizer):
-    """Every rank writes its shards of the trained weights and moments."""
+def save_shards(folder, masters, optimizer):
+    """Every rank writes its shards of the master weights and moments."""
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-    options = StateDictOptions(ignore_frozen_params=True)
-    weights, moments = get_state_dict(model, optimizer, options=options)
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    weights, moments = get_state_dict(masters, optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
 
 
-def load_shards(folder, model, optimizer):
+def load_shards(folder, masters, optimizer):
     """Load what save_shards wrote, on the same number of ranks or another."""
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict,
-                                                         set_state_dict)
-    options = StateDictOptions(ignore_frozen_params=True, strict=False)
-    weights, moments = get_state_dict(model, optimizer, options=options)
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    weights, moments = get_state_dict(masters, optimizer)
     dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments,
-                   options=options)
+    set_state_dict(masters, optimizer, model_state_dict=weights, optim_state_dict=moments)

@@ -65,12 +65,6 @@ def cast_weights(model, dtype):
         weight.data = weight.data.to(dtype)
 
 
-def trained_weights(model):
-    """{name: tensor} of the weights that training changes, tied ones once."""
-    return {name: weight.detach() for name, weight in model.named_parameters()
-            if weight.requires_grad}
-
-
 def sample_weights(weights):
     """{name: at most 1,000 evenly spaced values}, copied, of {name: tensor}."""
     return {name: weight.detach().flatten()[::math.ceil(weight.numel() / 1000)].cpu().clone()

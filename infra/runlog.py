@@ -1,4 +1,5 @@
 """What a training run prints and logs: the table, the answers before and after, curves."""
+import math
 import os
 import resource
 import sys
@@ -15,7 +16,7 @@ TABLE_HEAD = ("  step    loss | validation: loss  accuracy  agrees with scores  
 
 
 def print_plan(args, policy, train_count, val_count, reference, first_step, total_steps):
-    """Print what is trained on what, then the head of the table."""
+    """Print what is trained on what."""
     sizes = [(weight.numel(), weight.requires_grad) for weight in policy.parameters()]
     total, trained = sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if is_trained)
     name = args.model or f"{os.path.relpath(TOY_STUDENT)}, bundled (or --model FOLDER_OR_HUB_ID)"
@@ -31,7 +32,21 @@ def print_plan(args, policy, train_count, val_count, reference, first_step, tota
           f"reference computed for {reference}\n"
           f"{args.loss}: {total_steps} steps of {args.batch_size} pairs on {where} in "
           f"{args.dtype}, learning rate {args.learning_rate:g}, beta {args.beta:g}"
-          f"{temperature}{start}\n\n{TABLE_HEAD}")
+          f"{temperature}{start}")
+
+
+def print_grid(weights, dtype, args):
+    """Print the step of a 16-bit grid beside the learning rate; nothing under float32.
+
+    weights are {name: sample} of the student's; dtype is what they are computed with or saved in.
+    """
+    if dtype == torch.float32:
+        return
+    typical = torch.cat([sample.float().abs() for sample in weights.values()]).median().item()
+    step = torch.finfo(dtype).eps * 2 ** math.floor(math.log2(typical))
+    updates = step / args.learning_rate if args.learning_rate else math.inf
+    print(f"grid: near a typical weight, {typical:.2g}, {str(dtype)[6:]} has steps of {step:.1g}: "
+          f"{updates:{'.0f' if updates >= 10 else '.2g'}} updates at this learning rate")
 
 
 def table_line(step, metrics, val_metrics):

@@ -1,0 +1,228 @@
+"""Stochastic rounding and float32 masters: unbiased, reproducible, and worth it."""
+import re
+
+import pytest
+import torch
+from conftest import random_pairs, read_metrics, tiny_model
+from safetensors.torch import load_file
+
+from data import collate
+from infra import checkpoint, rounding
+from infra.lora import add_lora, lora_layers, merged
+from infra.rounding import Masters, stochastic_round
+from rdpo import sequence_logps
+
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def draws(x, dtype, count=10_000):
+    """(count, n): x rounded with many seeds."""
+    return torch.stack([stochastic_round(x, dtype, 0, seed) for seed in range(count)])
+
+
+def nearest(weight, dtype, *seed, start=0):
+    """What other trainers do: the negative control."""
+    return weight.to(dtype).float()
+
+
+# ------------------------------------------------------------------------------------- the rounding
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounding_is_unbiased_value_by_value(dtype):
+    x = torch.tensor([0.05, -0.05, 1e-3, -7e-4, 3.001, 6.1e-6, -6.1e-6, 1.7e-7, 1000.3])
+    x = x if dtype == torch.float16 else torch.cat([x, torch.tensor([1e-40, -3e-39, 1e30])])
+    rounded = draws(x, dtype)  # (10000, n)
+    assert torch.equal(rounded.to(dtype).float(), rounded)  # on the grid
+    assert all(len(column.unique()) == 2 for column in rounded.T)  # the two neighbours
+    below, above = rounded.double().amin(0), rounded.double().amax(0)
+    share = (x - below) / (above - below)  # of draws that go up
+    sigma = (share * (1 - share) / len(rounded)).sqrt() * (above - below)
+    assert ((rounded.double().mean(0) - x).abs() < 4 * sigma).all()
+    # Control: to nearest is biased.
+    assert ((x.to(dtype).double() - x).abs() > 4 * sigma).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_on_the_grid_stay_to_the_bit_and_nothing_overflows(dtype):
+    values = torch.arange(-2**15, 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    finite = values[values.isfinite()]
+    assert torch.equal(stochastic_round(finite, dtype, 1), finite)
+    odd = torch.tensor([float("inf"), -float("inf"), float("nan")])
+    assert torch.equal(stochastic_round(odd, dtype, 1).nan_to_num(7), odd.nan_to_num(7))
+    top = torch.finfo(dtype).max
+    above = torch.tensor([top, -top]) * (1 + torch.finfo(dtype).eps / 4)
+    assert above.isfinite().all() and draws(above, dtype, 100).abs().unique().tolist() == [top]
+
+
+def test_bits_follow_from_seed_and_index_alone(monkeypatch):
+    x = torch.randn(5000)
+    whole = stochastic_round(x, torch.bfloat16, 0, 3, "name")
+    parts = [stochastic_round(x[a:b], torch.bfloat16, 0, 3, "name", start=a)
+             for a, b in ((0, 1), (1, 1234), (1234, 5000))]
+    assert torch.equal(torch.cat(parts), whole)  # shards draw what one process draws
+    monkeypatch.setitem(rounding.CHUNK, "cpu", 77)
+    assert torch.equal(stochastic_round(x, torch.bfloat16, 0, 3, "name"), whole)
+    for seed in ((1, 3, "name"), (0, 4, "name"), (0, 3, "other")):
+        other = stochastic_round(x, torch.bfloat16, *seed)
+        assert 0.1 < (other != whole).float().mean() < 0.6
+
+
+# ------------------------------------------------------------------------------------- the masters
+
+
+def gradients(model, masters, batch):
+    with torch.autocast("cpu", torch.bfloat16):
+        logps = sequence_logps(model, batch)
+    for part in logps.split(5):  # several backward passes, as micro-batches have
+        (part * torch.arange(len(part))).sum().backward(retain_graph=True)
+    masters.collect_gradients()
+    return {name: master.grad for name, master in masters.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2"])
+def test_a_16_bit_student_computes_as_autocast_of_float32_does(name):
+    """The copies are the student itself at step 0: equal values and gradients, to the bit."""
+    batch = collate(random_pairs(5))
+    plain, model = tiny_model(name).bfloat16().float(), tiny_model(name).bfloat16().float()
+    masters = Masters(model, torch.bfloat16, seed=0)
+    right = gradients(plain, Masters(plain, torch.float32, seed=0), batch)
+    assert {weight.dtype for weight in model.parameters()} == (
+        {torch.float32} if name == "gpt2" else {torch.float32, torch.bfloat16})
+    found = gradients(model, masters, batch)
+    assert found.keys() == right.keys()
+    for key, gradient in right.items():
+        assert found[key].dtype == torch.float32
+        assert torch.allclose(found[key], gradient, rtol=1e-6, atol=1e-6), key
+    assert all(weight.grad is None for weight in model.parameters())
+    # Control: rounded copies of other masters give other gradients.
+    with torch.no_grad():
+        for master in masters.parameters():
+            master += 1e-3 * torch.randn_like(master)
+    masters.round(1)
+    masters.zero_grad()
+    other = gradients(model, masters, batch)
+    assert not any(torch.allclose(other[key], right[key], rtol=1e-3) for key in right
+                   if right[key].any())
+
+
+def test_under_float32_the_masters_are_the_weights():
+    model = tiny_model()
+    masters = Masters(model, torch.float32, seed=0)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    assert [id(a) for a in masters.parameters()] == [id(b) for b in model.parameters()]
+    masters.round(1)
+    assert all(torch.equal(before[name], weight) for name, weight in model.named_parameters())
+
+
+# ----------------------------------------------------------------------------------- whole runs
+
+SMALL_STEPS = ["--max_steps", 16, "--eval_every", 16, "--learning_rate", 4e-5, "--batch_size", 16]
+
+
+def saved_and_trained(out):
+    """(margin as saved, margin as trained) that a run printed."""
+    return [float(part) for part in re.search(r"as saved: margin (\S+) of (\S+)", out).groups()]
+
+
+def kept(saved, before, delta):
+    """The share of a change that a saved weight shows: its projection on the change."""
+    return (((saved.float() - before) * delta).sum() / (delta * delta).sum()).item()
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "phi"])
+def test_merging_and_saving_keep_changes_far_below_the_grid(name, monkeypatch):
+    model = tiny_model(name).bfloat16().float()
+    before = {key: weight.clone() for key, weight in model.state_dict().items()}
+    add_lora(model, 2, 4)
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            layer.B.normal_(std=2e-4)
+    masters = Masters(model, torch.float32, seed=0)
+    exact = dict(merged(model, model.state_dict()))
+    saved = checkpoint.student_weights(model, masters, torch.bfloat16, seed=0)
+    other = checkpoint.student_weights(model, masters, torch.bfloat16, seed=1)
+    monkeypatch.setattr(checkpoint, "stochastic_round", nearest)
+    lost = checkpoint.student_weights(model, masters, torch.bfloat16, seed=0)
+    shares = {"stochastic": [], "nearest": []}
+    for key in saved:
+        assert saved[key].dtype == torch.bfloat16
+        delta = exact[key] - before[key]
+        if not delta.any():
+            assert torch.equal(saved[key].float(), before[key])  # not trained: the same bits
+            continue
+        assert not torch.equal(saved[key], other[key])
+        shares["stochastic"].append(kept(saved[key], before[key], delta))
+        shares["nearest"].append(kept(lost[key], before[key], delta))
+    mean = {name: sum(values) / len(values) for name, values in shares.items()}
+    assert 0.9 < mean["stochastic"] < 1.1 and mean["nearest"] < 0.5, mean
+
+
+def test_the_saved_student_is_the_trained_one_and_to_nearest_it_is_not(
+        run_train, toy_rows, write_rows, monkeypatch, tmp_path):
+    flags = ["--data", write_rows(toy_rows[:300]), *SMALL_STEPS]
+    code, out, err = run_train(*flags)
+    saved, trained = saved_and_trained(out)
+    assert code == 0 and err == ""
+    assert abs(trained) > 0.3 and abs(saved - trained) < 0.03 * abs(trained)
+    monkeypatch.setattr(checkpoint, "stochastic_round", nearest)  # control
+    code, out, err = run_train(*flags, "--out_dir", tmp_path / "nearest")
+    saved, trained = saved_and_trained(out)
+    assert abs(saved - trained) > 0.1 * abs(trained)
+    assert "warning: the student in" in err and "--save_dtype float32" in err
+    code, out, err = run_train(*flags, "--out_dir", tmp_path / "wide", "--save_dtype", "float32")
+    saved, trained = saved_and_trained(out)
+    assert abs(saved - trained) <= 0.01 and err == ""
+    assert load_file(tmp_path / "wide" / "model.safetensors")["model.norm.weight"].dtype == (
+        torch.float32)
+    code, out, _ = run_train(*flags, "--out_dir", tmp_path / "quick", "--skip_saved_check")
+    assert code == 0 and "as saved" not in out
+
+
+def test_a_16_bit_run_follows_the_float32_run_and_to_nearest_it_does_not(
+        run_train, toy_rows, write_rows, monkeypatch, tmp_path):
+    flags = ["--data", write_rows(toy_rows[:300]), *SMALL_STEPS, "--learning_rate", 2e-5]
+    losses = {}
+    for name, dtype, function in (("float32", "float32", stochastic_round),
+                                  ("stochastic", "bfloat16", stochastic_round),
+                                  ("nearest", "bfloat16", nearest)):
+        monkeypatch.setattr(rounding, "stochastic_round", function)
+        code, out, err = run_train(*flags, "--dtype", dtype, "--out_dir", tmp_path / name)
+        assert code == 0, err
+        losses[name] = [line["eval/loss"] for line in read_metrics(tmp_path / name)[1]]
+        if name == "stochastic":
+            # Saved on the grid without a second draw: the same student to the bit.
+            saved, trained = saved_and_trained(out)
+            assert saved == trained
+    first, last = losses["float32"]
+    assert first == pytest.approx(0.6931, abs=1e-4) and first - last > 0.01
+    assert abs(losses["stochastic"][0] - first) < 1e-4
+    assert abs(losses["stochastic"][1] - last) < 0.1 * (first - last)
+    assert abs(losses["nearest"][1] - last) > 0.3 * (first - last)  # control
+
+
+def test_a_16_bit_run_is_resumed_to_the_bit(run_train, toy_rows, write_rows, monkeypatch, tmp_path):
+    from test_train import run_until, same_weights, weights_of, without_clock
+    flags = ["--data", write_rows(toy_rows[:60]), "--max_steps", 5, "--save_every", 2,
+             "--eval_every", 5, "--dtype", "bfloat16"]
+    assert run_train(*flags, "--out_dir", tmp_path / "straight")[0] == 0
+    run_until(run_train, monkeypatch, 5, *flags)
+    code, out, _ = run_train(*flags, "--resume")
+    assert code == 0 and "from step 2" in out
+    assert without_clock(tmp_path / "out") == without_clock(tmp_path / "straight")
+    assert same_weights(weights_of(tmp_path / "out"), weights_of(tmp_path / "straight"))
+
+
+def test_a_float32_student_is_rounded_before_training_in_16_bits(run_train, toy_rows, write_rows,
+                                                                 tmp_path, toy_tokenizer):
+    """Its reference is what 16 bits hold of it, so that the step-0 gate stays exact."""
+    model = tiny_model("llama", len(toy_tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    toy_tokenizer.save_pretrained(tmp_path / "model")
+    rows = [row | {"prompt": row["prompt"][:40]} for row in toy_rows[:40]]
+    code, out, err = run_train("--data", write_rows(rows), "--model", tmp_path / "model",
+                               "--dtype", "bfloat16", "--max_steps", 1, "--max_length", 200)
+    assert code == 0 and "stored in float32, rounded to bfloat16" in out, err
+    steps, evaluations = read_metrics(tmp_path / "out")
+    assert evaluations[0]["eval/loss"] == pytest.approx(0.693147, abs=1e-3)
+    assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-3)
