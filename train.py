@@ -234,8 +234,6 @@ def main(argv=None):
     if dtype == torch.float32 if args.lora_rank else not args.fsdp:
         models.cast_weights(policy, torch.float32)
     # The cache hashes the reference's weights: create it before adapters and shards.
-        models.cast_weights(policy, torch.float32)
-    # The cache hashes the reference's weights: create it before adapters and shards.
     computed_as = [args.dtype] + ["sharded"] * args.fsdp + ["compiled"] * args.compile
     cache = ReferenceCache(os.path.expanduser(args.cache_dir), policy, " ".join(computed_as))
     if args.lora_rank:
@@ -361,7 +359,7 @@ def main(argv=None):
         draw_curves([args.out_dir], os.path.join(args.out_dir, "curves.png"))
     print(f"\n{samples.report(answers_before, answers_after)}")
     if not args.save_adapter and not args.skip_saved_check:
-        del policy, masters, optimizer  # room for the saved student
+        del policy, masters, optimizer, flat_gradients  # room for the saved student
         check_saved(val, val_metrics, args)
     print(f"{changed} in {args.out_dir} after {time.monotonic() - began:.0f} s")
 
