@@ -19,7 +19,7 @@ import infra.distributed as dist
 from infra.command import refuse
 from infra.lora import merged, save_adapter
 from infra.models import TOY_STUDENT, sample_weights, share_changed
-from infra.rounding import stochastic_round
+from infra.rounding import DROPPED_BITS, stochastic_round
 from infra.rows import atomic_write
 
 # ----------------------------------------------------------------------------------------- out_dir
@@ -165,22 +165,20 @@ class StopSignal:
 def student_weights(policy, masters, dtype, seed):
     """{name: tensor} of the student as it is saved, in dtype on the CPU; {} on FSDP's other ranks.
 
-    Adapters are merged, 16-bit weights are rounded stochastically: weights that already are on
-    the grid, as the model's under a 16-bit compute dtype, stay. Buffers keep their dtype. Tied
-    weights appear once.
+    Adapters are merged. 16-bit weights are rounded stochastically; those on the grid stay, as the
+    model's do under a 16-bit compute dtype. Buffers keep their dtype. Tied weights appear once.
     """
     weights, student = dist.full_state_dict(policy), {}
-    if dtype == torch.float32:  # the masters, not their rounded copies
+    if dtype not in DROPPED_BITS:  # wider: the masters, not their rounded copies
         weights |= {name.replace("/", "."): master
                     for name, master in dist.full_state_dict(masters).items()}
     buffers = {name for name, _ in policy.named_buffers()}
     for name, tensor in merged(policy, weights):
-        if name not in policy.all_tied_weights_keys and name not in buffers:
-            if dtype != torch.float32:
-                tensor = stochastic_round(tensor.float(), dtype, seed, "save", name)
-            tensor = tensor.to("cpu", dtype)
-        if name not in policy.all_tied_weights_keys:
-            student[name] = tensor.cpu()
+        if name in policy.all_tied_weights_keys:
+            continue
+        if name not in buffers and dtype in DROPPED_BITS:
+            tensor = stochastic_round(tensor.float(), dtype, seed, "save", name)
+        student[name] = tensor.to("cpu", None if name in buffers else dtype)
     return student
 
 

@@ -17,6 +17,7 @@ from infra import checkpoint
 from infra.command import BadInput
 from infra.lora import LoRALinear, add_lora, lora_layers, merged, save_adapter, without_lora
 from infra.models import TOY_STUDENT, load_model, load_tokenizer, sample_weights
+from infra.rounding import Masters
 from rdpo import sequence_logps
 
 NAMES = [name for name in ARCHITECTURES if name != "gpt2"] + ["gemma"]
@@ -103,14 +104,15 @@ def test_merged_weights_compute_what_the_adapters_did(name):
 @pytest.mark.parametrize("name", [*NAMES, "gpt2"])
 def test_the_exported_folder_computes_what_the_policy_did(name, tmp_path, toy_tokenizer):
     """Adapters merged, tied weights written once; gpt2 has no adapters."""
-    policy, args = model_of(name), SimpleNamespace(out_dir=tmp_path, save_adapter=False)
+    policy, args = model_of(name), SimpleNamespace(out_dir=tmp_path, save_adapter=False, seed=0)
     before, base = sample_weights(dict(policy.named_parameters())), logits_of(policy)
     if name == "gpt2":
         policy.transformer.h[0].mlp.c_fc.weight.data *= 2
     else:
         trained(policy)
     # Another dtype, because it copies tied weights apart. This one is exact.
-    report = checkpoint.export(policy, toy_tokenizer, torch.float64, before, args)
+    masters = Masters(policy, torch.float32, seed=0)
+    report = checkpoint.export(policy, masters, toy_tokenizer, torch.float64, before, args)
     share = float(report.split("(")[1].split(" %")[0])
     assert report.startswith("student saved (") and 0 < share < 100, report  # not the embeddings
     saved = load_file(tmp_path / "model.safetensors")
@@ -135,7 +137,8 @@ def test_a_16_bit_base_stays_as_it_is_and_adapters_are_float32():
 def test_saved_buffers_keep_their_dtype():
     model = tiny_model()
     model.register_buffer("scale", torch.tensor([1.001]))
-    weights = checkpoint.student_weights(model, torch.bfloat16)
+    masters = Masters(model, torch.float32, seed=0)
+    weights = checkpoint.student_weights(model, masters, torch.bfloat16, seed=0)
     assert torch.equal(weights.pop("scale"), model.scale)
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 
