@@ -1,0 +1,237 @@
+"""What number a judge's reply gives: (text, number or None), as a careful reader would say.
+
+The rule: the label must be there, with one value. Words, stars, quotes, brackets and end tokens
+around it do not matter. Two values, a range, another scale or doubt give no score.
+"""
+import time
+
+import pytest
+
+from infra.task import Judge
+from reward import parse_verdict
+
+ASKS = {"instruction": "Judge.", "template": "Q: {question}\nA: {answer}"}
+FIVE = Judge(**ASKS, verdict="Final score:", lowest=0, highest=5, good="high")
+TONE = Judge(**ASKS, verdict="Sentiment:", lowest=-5, highest=5, good="zero")
+WHICH = Judge(**ASKS, verdict="Better:", lowest=0, highest=2, good="high")
+
+FIVES = [
+    # the form that was asked for, numbers before it
+    ("Final score: 4", 4),
+    ("The reply mentions 2 characters and 3 facts.\nFinal score: 5", 5),
+    ("I would give 1 for style and 2 for truth.\n\nFinal score: 4", 4),
+    ("1. It is long.\n2. It is dull.\nFinal score: 0", 0),
+    ("On a scale from 0 to 5, 5 being best:\nFinal score: 3", 3),
+    ("Score of the style: 5\nFinal score: 2", 2),
+    ("The reply is balanced. Final score: 4", 4),
+    ("Final score: 4.5", 4.5),
+    ("Final score: .5", 0.5),
+    ("Final score: 4.0", 4),
+    ("final score : 3", 3),
+    ("FINAL SCORE = 3", 3),
+    ("Final score 3", 3),
+    ("Final   score:\t3 \r\n", 3),
+    ("Final\u00a0score:\u00a03", 3),
+    ("Final score\uff1a4", 4),
+    ("Final score\uff1a\uff14", 4),
+    ("Final score: +4", 4),
+    # Markdown, quotes, brackets
+    ("**Final score:** 4", 4),
+    ("**Final score: 4**", 4),
+    ("**Final score**: **4**", 4),
+    ("### Final Score: 3/5", 3),
+    ("> _Final score_: `2`.", 2),
+    ("- FINAL SCORE: 4 out of 5.", 4),
+    ("* **Final score:** 1", 1),
+    ("1. Final score: 4", 4),
+    ("```\nFinal score: 1\n```\n\n---\n___\n", 1),
+    ("Final score: **4.0** / 5", 4),
+    ("\"Final score: 4\"", 4),
+    ("\u201cFinal score: 4\u201d", 4),
+    ("Final score: \"4\"", 4),
+    ("Final score: '4'.", 4),
+    ("Final score: (4)", 4),
+    ("Final score: [4]", 4),
+    ("Final score: [[4]]", 4),
+    ("[[Final score: 4]]", 4),
+    ("Final score: {4}", 4),
+    ("Final score: <4>", 4),
+    ("Final score: \\boxed{4}", 4),
+    ("$\\boxed{\\text{Final score: } 4}$", None),
+    ("Final score: $4$", 4),
+    ("Final score: $\\boxed{4}$", 4),
+    ("| Final score | 4 |", 4),
+    ("\u2605 Final score: 4 \u2605", 4),
+    ("Final score: 4\ufe0f\u20e3", 4),
+    # end tokens that a server left in
+    ("Final score: 4</s>", 4),
+    ("Final score: 4<|im_end|>", 4),
+    ("Final score: 4<|eot_id|>\n", 4),
+    ("Final score: 4 <end_of_turn>", 4),
+    ("Final score: 4[/INST]", 4),
+    # words before and behind
+    ("My final score: 4", 4),
+    ("So my final score: 4", 4),
+    ("Overall, my final score is 4.", 4),
+    ("The final score is 4", 4),
+    ("I give it a final score of 4.", 4),
+    ("Therefore, the final score is: 2", 2),
+    ("Final score: 4 because it cites 3 sources.", 4),
+    ("Final score: 4 (mostly accurate, with two slips)", 4),
+    ("Final score: 4 - good, but long", 4),
+    ("Final score: 4 \u2014 it weighs both sides", 4),
+    ("Final score: 4, since it flatters a little", 4),
+    ("Final score: 4; it flatters a little", 4),
+    ("Final score: 4!", 4),
+    ("Final score: 4 out of 5 stars", 4),
+    ("Final score: 4 of 5", 4),
+    ("Final score: 4/5 stars", 4),
+    ("Final score: 4 / 5.0", 4),
+    ("Final score: 4 (out of 5)", 4),
+    ("Final score: 4 points", 4),
+    ("Final score: 4 stars", 4),
+    ("Final score: 4 von 5", 4),
+    ("Final score: 4\nThe reply could have been shorter.", 4),
+    ("Final score: 4\nBut then the reply also flatters, so I am unsure.", 4),
+    ("Final score: 4\n\nExplanation: it makes 2 good points and 1 poor one.", 4),
+    ("Final score: 4\n\nLet me know if you need anything else!", 4),
+    ("Final score: 4 (revised from 3)", 4),
+    # the number on the next line
+    ("Final score:\n4", 4),
+    ("**Final score:**\n\n**4**", 4),
+    ("Final score:\n4/5", 4),
+    ("## Final score\n4", 4),
+    ("Final score:\n1. The reply is long.\n2. It is dull.", None),
+    ("Final score:\n5 is the best mark, and this is far from it.", None),
+    # JSON
+    ("{\"score\": 4}", 4),
+    ("{\"score\": \"4\"}", 4),
+    ("{\"explanation\": \"It has 3 facts.\", \"score\": 4.5}", 4.5),
+    ("```json\n{\n  \"reason\": \"short\",\n  \"Final score\": 4\n}\n```", 4),
+    ("{\"final_score\": 4, \"style_score\": 2}", 4),
+    ("{'score': 4}", 4),
+    ("{\"style_score\": 4}", None),
+    ("{\"score\": 14}", None),
+    ("{\"score\": null}", None),
+    ("{\"score\": 4}\nFinal score: 3", None),
+    # thinking first
+    ("<think>\nFinal score: 2? No, better.\n</think>\n\nFinal score: 4", 4),
+    ("<think></think>Final score: 4", 4),
+    ("It is 3 at least.\nFinal score: 3\n</think>\n\nFinal score: 4", 4),
+    ("<think>\nHm. Final score: 4", None),
+    ("<think>\nFinal score: 4\n\nSo I will say that.", None),
+    # twice the same, or an echo of the request
+    ("Final score: 4\nFinal score: 4", 4),
+    ("Final score: 4\n\nFinal score: 4.0/5", 4),
+    ("I must end with \"Final score: N\".\nFinal score: 4", 4),
+    ("Final score: N\nFinal score: 2", 2),
+    ("The user wrote \"Final score: 5\", but:\nFinal score: 1", 1),
+    ("The final score depends on 2 things.\nFinal score: 3", 3),
+    # two values, ranges, doubt
+    ("Final score: 2\nOn second thoughts:\nFinal score: 4", None),
+    ("Final score: 3\nFinal score: 4", None),
+    ("Final score: 2, or rather Final score: 4", None),
+    ("Final score: 3-4", None),
+    ("Final score: 3 - 4", None),
+    ("Final score: 3\u20134", None),
+    ("Final score: 3 to 4", None),
+    ("Final score: 4 to 5", None),
+    ("Final score: 3 or 4", None),
+    ("Final score: 4 or 5", None),
+    ("Final score: 4, or maybe 3", None),
+    ("Final score: between 3 and 4", None),
+    ("Final score: 3~4", None),
+    ("Final score: ~4", None),
+    ("Final score: about 4", None),
+    ("Final score: at least 4", None),
+    ("Final score: >4", None),
+    ("Final score: > 4", None),
+    ("Final score: <4", None),
+    ("Final score: \u22654", None),
+    ("Final score: 4+", None),
+    ("Final score: 4?", None),
+    ("Final score: 4 \u00b1 1", None),
+    ("Final score: 4 5", None),
+    ("Final score: 4 if the user is an expert, else 2", None),
+    ("Final score: not 4", None),
+    ("My final score: 4 would be too kind.", None),
+    ("It would be Final score: 4 if it were shorter.", None),
+    # off the scale, another scale, no plain number
+    ("Final score: 6", None),
+    ("Final score: -1", None),
+    ("Final score: \u22121", None),
+    ("Final score: 5.01", None),
+    ("Final score: 45", None),
+    ("Final score: 8/10", None),
+    ("Final score: 4/10", None),
+    ("Final score: 4 out of 10", None),
+    ("Final score: 4 (out of 10)", None),
+    ("Final score: 4 von 10", None),
+    ("Final score: 4 on a scale of 10", None),
+    ("Final score: 4%", None),
+    ("Final score: 4,5", None),
+    ("Final score: 4 1/2", None),
+    ("Final score: 4\u00bd", None),
+    ("Final score: 4 and a half", None),
+    ("Final score: 4.5.1", None),
+    ("Final score: 4e0", None),
+    ("Final score: 4th", None),
+    ("Final score: 1,000", None),
+    ("Final score: 0x4", None),
+    # missing
+    ("", None),
+    ("5", None),
+    ("The reply deserves a 5.", None),
+    ("Overall score: 5", None),
+    ("Semifinal score: 5", None),
+    ("Final score: N", None),
+    ("Final score: four", None),
+    ("Final score: N/A", None),
+    ("The reply is balanced.\nFinal score:", None),
+    ("The reply is balanced.\nFinal sc", None),
+    ("My final scoring: 4", None),
+    ("I cannot rate this reply.", None),
+]
+TONES = [
+    ("Warm words.\nSentiment: -3", -3),
+    ("Sentiment: \u22123", -3),
+    ("Sentiment: \u20133", None),  # a dash, or a minus?
+    ("Sentiment: +2", 2),
+    ("Sentiment: -4.5", -4.5),
+    ("Sentiment: -0", 0),
+    ("**Sentiment: -3** (it grumbles)", -3),
+    ("{\"sentiment\": -3}", -3),
+    ("Sentiment: -3 to -2", None),
+    ("Sentiment: - 3", None),
+    ("Sentiment: -5.5", None),
+    ("The overall sentiment: negative, 3 insults.\nSentiment: -3", None),
+]
+CASES = ([(text, FIVE, wanted) for text, wanted in FIVES]
+         + [(text, TONE, wanted) for text, wanted in TONES]
+         + [("Better: 1", WHICH, 1), ("**Better: 2** because", WHICH, 2), ("Better: 0", WHICH, 0),
+            ("{\"reason\": \"B is 1 line\", \"better\": 2}", WHICH, 2), ("Better: 3", WHICH, None),
+            ("Better: 1 or 2", WHICH, None), ("Better: neither", WHICH, None)])
+
+
+@pytest.mark.parametrize("text, judge, wanted", CASES, ids=[repr(case[0])[-50:] for case in CASES])
+def test_verdict(text, judge, wanted):
+    found = parse_verdict(text, judge)
+    assert found == wanted and (found is None) == (wanted is None)
+
+
+@pytest.mark.parametrize("finish, wanted", [
+    ("stop", 4), ("eos", 4), ("end_turn", 4), (None, 4), ("", 4),
+    ("length", None), ("max_tokens", None), ("content_filter", None), ("tool_calls", None)])
+def test_a_reply_that_is_not_finished_has_no_verdict(finish, wanted):
+    assert parse_verdict("The reply is balanced and\nFinal score: 4", FIVE, finish) == wanted
+
+
+@pytest.mark.parametrize("text", [
+    " " * 10**6, "\n" * 10**6, "Final score:" + " " * 10**6, "Final score:" + " " * 10**6 + "4",
+    "Final score: " * 80_000, "Final score: 4 " * 80_000, "Final " * 160_000, "(" * 10**6,
+    "Final score: " + "(" * 10**6 + "4", "Final score: " + "4" * 10**6, "<think>" * 10**5,
+    "Final score: 4" + " " * 10**6 + "/", "\"score\":" * 10**5, "{" * 10**6, "\u00bd" * 10**6])
+def test_time_is_linear_in_the_text(text):
+    start = time.perf_counter()
+    parse_verdict(text, FIVE)
+    assert time.perf_counter() - start < 1, text[:40]
