@@ -165,7 +165,7 @@ def encode_pair(row, where, tokenizer, max_length, needs_scores, counts):
     if needs_scores and None in (score_chosen, score_rejected):
         return counts.drop("no score", where)
     if is_cut(row):  # its end-of-turn token would teach the student to stop in mid-sentence
-        return counts.drop("an answer was cut by the teacher's --max_tokens", where)
+        return counts.drop("the teacher did not finish an answer (see teacher.finish)", where)
     if chosen == rejected:
         return counts.drop("chosen equals rejected", where)
     try:

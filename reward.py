@@ -16,42 +16,75 @@ A reply without a verdict is asked for again at temperature 0.7, because at 0 it
 --verdict_retries the score is null. To judge a row again, remove its line from --out.
 """
 import dataclasses
-import math
 import os
 import re
 import statistics
 import sys
+import unicodedata
 
-from infra.client import Client, add_stage_flags, chat
+from infra.client import Client, add_stage_flags, chat, split_thinking
 from infra.command import Parser, at_least, printable, run
 from infra.report import show_gaps
 from infra.resumable import RowFailed, Stage, digest, run_rows
-from infra.rows import as_answer, check_pair, check_prompt, stream_rows
+from infra.rows import FINISHED, as_answer, check_pair, check_prompt, stream_rows
 from infra.task import load_task
 
 NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+# A label begins a line, a sentence or a JSON key, maybe behind words such as "So my". In the middle
+# of a sentence, or behind a quotation mark, it is no verdict.
+BEFORE_LABEL = re.compile(
+    r"""(?: \n[^\w\n]* | [{\[,]\s*["'] | [.!?:;,)}|(\[]\s* | \n\s*[0-9]+[.)]\s | \\text\{ )
+        (?: (?:so|thus|hence|therefore|overall|and|my|the|a|i|give|it) [\s,]+ )* $""", re.I | re.X)
+BEFORE_NUMBER = r"""["'\u201d]? \s* (?:\([^()\n]{1,12}\))? \s* (?: is\b:? | of\b | [:=|] )?
+                    [\s"'\u201c(\[{}$|]* (?: \\boxed\{ | <(?=[^>\n]+>) )? \s*"""
+# What would make the number part of another one, of a range, or doubtful.
+AFTER_NUMBER = r"""(?! [\w%+?\u2044] | [.,][0-9]
+                     | \s* (?: \.\.+ | [-~\u2013\u2014] | \b(?:to|or|and|bis)\b )? \s* [0-9]
+                     | \s* \u00b1
+                     | [\s,;]*
+                       \b(?: or|if|unless|would|might|maybe|perhaps|plus|minus|and\s+a )\b )"""
+SCALE = rf"""(?: [\s("']* (?: / | (?:out\s)?of | on\sa\sscale\sof | [^\W\d]{{2,3}}\b ) \s*
+                 (?P<scale>{NUMBER}) )?"""
+VERDICT = re.compile(f"{BEFORE_NUMBER} (?P<number>{NUMBER}) {AFTER_NUMBER} {SCALE}", re.I | re.X)
+PLACEHOLDER = re.compile(r"[^\w\n]*(?:N|X|your)\b")  # the request, repeated
 
 
 def parse_verdict(text, judge, finish="stop"):
-    """The number in a judge's reply, or None if it has no valid verdict.
+    """The number in a judge's reply, or None unless it has one clear verdict within the scale.
 
-    Only the last line counts: the judge's label, then a number within the scale. Markdown, "/5" or
-    "out of 5" (if 5 is the top of the scale) and a full stop may surround it. A reply that was cut
-    (finish is "length") has no verdict: the cut may have gone through the number.
+    A verdict is the judge's label (or "score", a key of JSON), then a number. Markdown, words,
+    quotes, brackets and end tokens may stand around it. None if two verdicts differ, if one is a
+    range, in doubt or on another scale, and if the reply is not finished: the cut may have gone
+    through the number. Time is linear in the text: only a window around each label is looked at.
     """
-    # Skip lines without letters or digits: empty lines, rulers, code fences.
-    lines = [line for line in text.splitlines() if re.search(r"[^\W_]", line)]
-    if not lines or finish == "length":
+    if finish not in FINISHED:
         return None
-    line, label = (re.sub(r"[*_`#>]", "", part).replace("\N{MINUS SIGN}", "-").strip()
-                   for part in (lines[-1], judge.verdict))
-    label = re.escape(label.rstrip(": "))
-    out_of = rf"(?:\s*(?:/|out of)\s*({NUMBER}))?"
-    match = re.fullmatch(rf"(?:- )?{label}\s*[:=]?\s*({NUMBER}){out_of}\s*\.?", line, re.IGNORECASE)
-    if not match or match[2] and float(match[2]) != judge.highest:
+    text = unicodedata.normalize("NFKC", split_thinking(text)[1])  # full-width forms, spaces
+    text = "\n" + re.sub("[*`#]", "", text.replace("\N{MINUS SIGN}", "-").replace("_", " "))
+    label = r"[^\S\n]*".join(map(re.escape, judge.verdict.rstrip(": ").split()))
+    found = set()
+    for match in re.finditer(rf"""\b{label}\b|(?<=["'])score(?=["'])""", text, re.I):
+        start, end = match.span()
+        if BEFORE_LABEL.search(text[max(start - 60, 0):start]):
+            found.add(verdict_after(text[end:end + 200], judge.highest))
+    verdict, *others = found - {"none"} or {None}
+    in_scale = not others and verdict is not None and judge.lowest <= verdict <= judge.highest
+    return verdict if in_scale else None
+
+
+def verdict_after(text, highest):
+    """The number that follows a label; None if it is not clear; "none" if there is none."""
+    match = VERDICT.match(text)
+    if not match:
+        line = text.partition("\n")[0]
+        has_number = re.match(r"\W*?[:=]", line) and re.search("[0-9]", line)
+        return None if has_number and not PLACEHOLDER.match(line) else "none"
+    if match["scale"] and float(match["scale"]) != highest:
         return None
-    verdict = float(match[1])
-    return verdict if judge.lowest <= verdict <= judge.highest else None
+    is_on_next_line = "\n" in text[:match.start("number")]
+    if is_on_next_line and not re.match(r"[^\w\n]*(?:\n|$)", text[match.end():]):
+        return "none"  # the first item of a list, or a sentence
+    return float(match["number"])
 
 
 def better(verdict, good):
@@ -81,7 +114,13 @@ def ask(client, judge, args, template, texts, score_of):
                          temperature=0 if greedy else 0.7,
                          seed=None if greedy else sample + args.samples * retry)
             verdict = parse_verdict(reply.text, judge, reply.finish)
-            attempts.append({"verdict": verdict, "finish": reply.finish, "reply": reply.text})
+            attempt = {"verdict": verdict, "finish": reply.finish,
+                       "reply": reply.text or reply.problem}
+            if reply.thinking:
+                attempt["thinking"] = reply.thinking
+            if "temperature" in client.refused:
+                attempt["temperature"] = "the server's default"
+            attempts.append(attempt)
             score = None if verdict is None else score_of(verdict)
             if score is not None:
                 scores.append(score)
@@ -129,7 +168,7 @@ def ask_reward_model(client, args, question, answer):
 
     def read(reply):
         numbers = numbers_of(reply)
-        if not all(math.isfinite(number) for number in numbers):
+        if not all(type(number) in (int, float) and -1e300 < number < 1e300 for number in numbers):
             raise ValueError("not a finite number")
         usage = isinstance(reply, dict) and reply.get("usage") or {}  # optional
         client.count(tokens_in=usage.get("prompt_tokens") or 0)

@@ -16,7 +16,7 @@ import sys
 
 from infra.client import Client, add_stage_flags, chat
 from infra.command import Parser, at_least, printable, run
-from infra.resumable import Stage, digest, run_rows
+from infra.resumable import RowFailed, Stage, digest, run_rows
 from infra.rows import as_messages, check_prompt
 from infra.task import load_task
 
@@ -32,6 +32,8 @@ def self_critique(client, task, args, row):
         if request:
             messages.append({"role": "user", "content": request})
         reply = chat(client, messages, args.model, args.max_tokens, args.temperature)
+        if reply.problem:
+            raise RowFailed(reply.problem)
         messages.append({"role": "assistant", "content": reply.text})
         return reply
 
@@ -39,11 +41,13 @@ def self_critique(client, task, args, row):
     critique = turn(task.critique)
     rewrite = turn(task.revision)
     replies = (answer, critique, rewrite)
+    thinking = [reply.thinking for reply in replies]  # kept, never sent back, never trained on
+    thinking = {"thinking": thinking} if any(thinking) else {}
     return row | {
         "rejected": answer.text, "critique": critique.text, "chosen": rewrite.text,
         # infra.rows.is_cut reads finish: the original answer's first, the final rewrite's last.
         "teacher": {"finish": [reply.finish for reply in replies],
-                    "tokens": sum(reply.tokens for reply in replies)}}
+                    "tokens": sum(reply.tokens for reply in replies)} | thinking}
 
 
 def opening(task, prompt):

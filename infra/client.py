@@ -1,56 +1,150 @@
 """The HTTP client of both stages and of eval.py: OpenAI's chat protocol, retries, the key.
 
 A key comes from an environment variable. It is sent in one header, and never printed or stored.
+Nothing that a server sends may hang the run, fill the memory or bring the key into a file.
 """
+import base64
 import json
 import os
 import random
 import re
+import socket
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
 
 import requests
+from requests.adapters import HTTPAdapter
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
-from infra.command import BadInput, above_0, at_least, one_line, refuse
+from infra.command import BadInput, at_least, number, one_line, refuse, warn
 from infra.resumable import RowFailed
+from infra.rows import FINISHED
 
-# http(s)://host[:port][/path], and no user name or password in it
-URL = re.compile(r"https?://([\w.-]+|\[[\da-f:.]+\])(:\d*)?(/\S*)?", re.IGNORECASE)
+# http(s)://host[:port][/path], and no query, user name or password in it
+URL = re.compile(r"https?://([\w.-]+|\[[\da-f:.]+\])(:\d*)?(/[^\s?#]*)?", re.IGNORECASE)
+REPLY_BYTES = 16 * 2**20  # a longer reply is given up
+
+# --------------------------------------------------------------------------------- what is asked
 
 
 @dataclass
 class Reply:
-    text: str
-    finish: str  # "stop", or "length" if max_tokens cut it
+    text: str  # the answer, "" if there is none
+    finish: str | None  # one of rows.FINISHED, or else why it is incomplete: "length", ...
     tokens: int
+    thinking: str  # what the model wrote before the answer, "" if nothing
+    problem: str  # why there is no answer and what to do, "" if there is one
 
 
-def chat(client, messages, model, max_tokens, temperature, seed=None):
-    """The model's Reply to messages. Raises the errors of Client.post; no text is a failure."""
+def chat(client, messages, model, max_tokens, temperature, **more):
+    """The model's Reply to messages. `more` goes into the request; None is left out.
+
+    A reply without text that may pass when asked again is retried. Raises the errors of
+    Client.post.
+    """
     def read(answer):
         choice, usage = answer["choices"][0], answer.get("usage") or {}
-        text, finish = choice["message"]["content"], choice.get("finish_reason")
-        if not text.strip():
-            raise ValueError("no text")
+        message, finish = choice["message"], choice.get("finish_reason")
+        content = message.get("content") or ""
+        if isinstance(content, list):  # text in parts
+            content = "".join(part["text"] for part in content if part["type"] == "text")
+        thinking, text = split_thinking(content)
+        if not thinking:  # the server may have taken it out itself
+            thinking = message.get("reasoning_content") or message.get("reasoning") or ""
         tokens = usage.get("completion_tokens") or 0
         client.count(tokens_in=usage.get("prompt_tokens") or 0, tokens_out=tokens,
-                     cut=int(finish == "length"))
-        return Reply(text, finish, tokens)
+                     cut=finish in ("length", "max_tokens"), thinking=bool(thinking),
+                     unfinished=finish not in (*FINISHED, "length", "max_tokens"))
+        problem = "" if text.strip() else no_text(message, finish, thinking and content)
+        return Reply(text, finish, tokens, thinking, problem)
 
-    body = {"model": model, "messages": messages,
-            "max_tokens": max_tokens, "temperature": temperature}
-    if seed is not None:
-        body["seed"] = seed
+    body = {"model": model, "messages": messages, "max_tokens": max_tokens,
+            "temperature": temperature} | more
+    body = {name: value for name, value in body.items() if value is not None}
     return client.post(f"{client.base_url}/chat/completions", body, read)
+
+
+def no_text(message, finish, unclosed_thinking):
+    """Why a reply has no text, and what to do. ValueError if the next one may have some."""
+    if message.get("refusal"):
+        return f"the model refused: {one_line(message['refusal'])[:200]}"
+    if message.get("tool_calls"):
+        return "the model called a tool instead of answering; serve it without tools"
+    if finish == "content_filter":
+        return "the server's content filter held the answer back"
+    if finish not in FINISHED or unclosed_thinking:
+        return "the model spent --max_tokens on thinking: raise it"
+    raise ValueError("no text")
+
+
+THINKING = r"(?:think|thinking|thought|reasoning|seed:think)"
+OPENED = re.compile(rf"\s*[<\[]{THINKING}[>\]]", re.IGNORECASE)
+CLOSED = re.compile(rf"[<\[]/{THINKING}[>\]]", re.IGNORECASE)
+CLOSED_LINE = re.compile(rf"^[ \t]*[<\[]/{THINKING}[>\]][ \t]*$", re.IGNORECASE | re.MULTILINE)
+
+
+def split_thinking(text):
+    """(thinking, answer): the <think> block at the start of a text, and what follows it.
+
+    A block that never ends leaves no answer: the reply was cut. Some chat templates write the
+    opening tag into the prompt; then a closing tag that has a line to itself ends the block.
+    """
+    opened = OPENED.match(text)
+    closed = CLOSED.search(text, opened.end()) if opened else CLOSED_LINE.search(text)
+    if not closed:
+        return (text, "") if opened else ("", text)
+    start = opened.end() if opened else 0
+    return text[start:closed.start()].strip(), text[closed.end():].lstrip()
+
+
+# ------------------------------------------------------------------------------------ the exchange
+
+# Request parameters that some models refuse -> the name that they take instead, or None.
+INSTEAD = {"max_tokens": "max_completion_tokens", "temperature": None, "response_format": None}
+REFUSED = re.compile("unsupported|not support|deprecat|instead|unavailable|unrecogni[sz]ed|"
+                     "not permitted|may only|only the default|invalid schema", re.IGNORECASE)
+
+
+class GivenUp(requests.RequestException):
+    """A reply that is not read to its end."""
+
+
+class Adapter(HTTPAdapter):
+    """Knows the socket of its thread's connection, so that a timer can end an exchange.
+
+    requests limits each wait for bytes, not the sum of all waits.
+    """
+    socket = None
+
+    def get_connection_with_tls_context(self, *args, **kwargs):
+        pool, adapter = super().get_connection_with_tls_context(*args, **kwargs), self
+
+        class Connection(type(pool).ConnectionCls):
+            def connect(self):
+                super().connect()
+                adapter.socket = self.sock
+
+        pool.ConnectionCls = Connection
+        return pool
+
+    def hang_up(self):
+        try:
+            socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
+        except (OSError, TypeError):
+            pass  # it was not connected, or is closed already
 
 
 class PerThread(threading.local):
     def __init__(self):
-        self.session = requests.Session()  # keeps this thread's connection open
+        self.adapter, self.session = Adapter(), requests.Session()  # keeps a connection open
+        self.session.mount("http://", self.adapter)
+        self.session.mount("https://", self.adapter)
+        self.session.headers["Accept-Encoding"] = "identity"  # a small one can unpack to gigabytes
+        # A redirect would carry the text to another host.
+        self.session.get_redirect_target = lambda response: None
 
 
 class Client:
@@ -63,14 +157,16 @@ class Client:
         key = os.environ.get(args.key_env or "", "").strip()
         refuse("",
                (not URL.fullmatch(args.base_url), "--base_url: must look like "
-                "http://127.0.0.1:8000/v1, without a user name or password"),
+                "http://127.0.0.1:8000/v1, without a query, a user name or a password"),
                (args.key_env and not key, f"--key_env {args.key_env}: no key in that environment "
                                           f"variable; export {args.key_env}=... first"),
                (not re.fullmatch("[!-~]*", key), f"--key_env {args.key_env}: the key in that "
                                                  "variable must be one line of plain characters"))
-        self.base_url, self.key = args.base_url.rstrip("/"), key
+        self.base_url = args.base_url.rstrip("/").removesuffix("/chat/completions")
+        self.key, self.secret = key, secret_pattern(key)
         self.timeout, self.retries = args.timeout, args.retries
         self.threads, self.lock, self.counts = PerThread(), threading.Lock(), Counter()
+        self.refused = set()  # the parameters of INSTEAD that this server does not take
 
     def count(self, **numbers):
         with self.lock:
@@ -93,58 +189,136 @@ class Client:
         for attempt in range(self.retries + 1):
             if attempt > 0:
                 time.sleep(wait)
-            self.count(requests=1, retries=int(attempt > 0))
+            self.count(retries=int(attempt > 0))
             wait = min(2 ** attempt / 2, 60) * random.uniform(0.5, 1.5)
+            began = time.monotonic()
             try:
-                response = self.threads.session.post(
-                    url, json=body, auth=self.authorize, timeout=(10, self.timeout),
-                    allow_redirects=False)  # a redirect would carry the text to another host
+                status, headers, reply = self.exchange(url, sent := self.adapted(body))
+                while status == 400 and self.learn_from(reply, sent):
+                    status, headers, reply = self.exchange(url, sent := self.adapted(body))
             except requests.RequestException as error:
-                reason = (f"no whole reply from {url} ({type(error).__name__}); check that the "
-                          "server runs, --base_url and --timeout")
+                late = time.monotonic() - began >= self.timeout
+                what = f"--timeout {self.timeout:g} is over" if late else error \
+                    if isinstance(error, GivenUp) else type(error).__name__
+                reason = (f"no whole reply from {url} ({what}); check that the server runs, "
+                          "--base_url and --timeout")
                 continue
             self.count(answered=1)
-            # Some servers repeat the key in an error message. From here on, nothing holds it.
-            content = response.content
-            if self.key:
-                content = content.replace(self.key.encode(), b"[key]")
-            status = response.status_code
             if status == 200:
                 try:
-                    return read(json.loads(content))
-                except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                    reason = f"{url} sent an unexpected reply: {server_message(content)}"
+                    return read(reply)
+                except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
+                    reason = f"{url} sent an unexpected reply: {server_message(reply)}"
                     continue
-            reason = f"{url} answered {status}: {server_message(content)}"
+            reason = f"{url} answered {status}: {server_message(reply)}"
             if status in (401, 404) or 300 <= status < 400:  # any other request would fail alike
                 raise BadInput(f"{reason}; check the key (--key_env), --model and --base_url")
             if status == 403:  # run_rows stops if all rows fail
                 reason += "; moderation refuses this text, or the key (--key_env) is wrong"
             if status < 500 and status not in (408, 409, 429):  # a retry would fail alike
                 raise RowFailed(reason)
-            wait = retry_after(response.headers.get("Retry-After", ""), wait)
+            wait = retry_after(headers.get("Retry-After", ""), wait)
             wait *= random.uniform(1, 1.1)  # so that the threads do not all return at once
         reason += f" (asked {self.retries + 1} times in {time.monotonic() - start:.0f} s)"
         raise RowFailed(reason) if self.counts["answered"] else BadInput(reason)
 
+    def exchange(self, url, body):
+        """(status, headers, JSON value or text) of one request, in --timeout seconds at most.
 
-def server_message(content):
-    """The error message in the body of a reply, as one short printable line."""
-    text = content.decode("utf-8", "replace")
-    try:
-        error = json.loads(text)["error"]
-        text = error["message"] if isinstance(error, dict) else error
-    except (ValueError, LookupError, TypeError, RecursionError):
-        pass  # not OpenAI's error format: show the body itself
-    return one_line(str(text))[:200] or "an empty reply"
+        RequestException if there is no whole reply in that time, or one above REPLY_BYTES.
+        """
+        self.count(requests=1)
+        content, began = bytearray(), time.monotonic()
+        timer = threading.Timer(self.timeout, self.threads.adapter.hang_up)
+        timer.start()
+        try:
+            with self.threads.session.post(url, json=body, auth=self.authorize, stream=True,
+                                           timeout=(min(10, self.timeout), self.timeout)
+                                           ) as response:
+                if response.headers.get("Content-Encoding", "identity") != "identity":
+                    raise GivenUp("it is compressed, which was not asked for")
+                for chunk in response.iter_content(2**16):
+                    content += chunk
+                    if len(content) > REPLY_BYTES:
+                        raise GivenUp(f"it is longer than {REPLY_BYTES >> 20} MiB")
+        finally:
+            timer.cancel()
+        if time.monotonic() - began >= self.timeout:  # what was read may be cut by the timer
+            raise requests.Timeout
+        text = content.decode("utf-8", "replace")
+        try:
+            return response.status_code, response.headers, self.clean(json.loads(text))
+        except (ValueError, RecursionError):
+            return response.status_code, response.headers, self.clean(text)
+
+    def clean(self, value):
+        """A JSON value whose strings hold neither the key nor lone surrogates.
+
+        Some servers repeat the key in a message. A lone surrogate cannot be written as UTF-8.
+        """
+        if isinstance(value, dict):
+            return {self.clean(name): self.clean(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [self.clean(item) for item in value]
+        if not isinstance(value, str):
+            return value
+        text = self.secret.sub("[key]", value) if self.key else value
+        text, replaced = re.subn("[\ud800-\udfff]", "\ufffd", text)
+        if replaced:
+            self.count(replaced=replaced)
+        return text
+
+    def adapted(self, body):
+        """The request body with the parameters that this server takes."""
+        names = {name: INSTEAD[name] if name in self.refused else name for name in body}
+        return {names[name]: value for name, value in body.items() if names[name]}
+
+    def learn_from(self, reply, sent):
+        """Whether a 400 refuses a parameter of INSTEAD. It is then not sent again in this run."""
+        error = reply.get("error") if isinstance(reply, dict) else None
+        named = error.get("param") if isinstance(error, dict) else None
+        message = server_message(reply)
+        for name in INSTEAD:
+            said = named == name or re.search(rf"\b{name}\b", message)
+            if name in sent and said and REFUSED.search(message):
+                with self.lock:
+                    is_new = name not in self.refused
+                    self.refused.add(name)
+                if is_new:
+                    how = f"sent as {INSTEAD[name]}" if INSTEAD[name] else "left out"
+                    warn(f"the server does not take `{name}`, now {how}: {message}")
+                return True
+        return False
+
+
+def secret_pattern(key):
+    """What finds a key in text: as it is, escaped as in JSON, or inside base64."""
+    forms = ["".join(rf"(?:\\{{0,3}}{re.escape(c)}|\\{{1,3}}u00(?i:{ord(c):02x}))" for c in key)]
+    for shift in range(3):  # base64 of a longer text depends on where in it the key begins
+        for encode in (base64.b64encode, base64.urlsafe_b64encode):
+            text = encode(b"\0" * shift + key.encode()).decode()
+            text = text[-(-8 * shift // 6):(8 * (shift + len(key))) // 6]  # the key's own bits
+            forms += [re.escape(text)] if len(text) >= 8 else []
+    return re.compile("|".join(forms))
+
+
+def server_message(reply):
+    """The error message in a reply, a JSON value or text, as one short printable line."""
+    error = reply.get("error", reply) if isinstance(reply, dict) else reply
+    message = error.get("message", error) if isinstance(error, dict) else error
+    text = message if isinstance(message, str) else json.dumps(message)
+    return one_line(text)[:200] or "an empty reply"
 
 
 def retry_after(header, default):
     """Seconds to wait by a Retry-After header, a number or a date; at most an hour."""
     try:
         return min(Retry().parse_retry_after(header), 3600)
-    except (InvalidHeader, ValueError):
+    except (InvalidHeader, ValueError, OverflowError):
         return default
+
+
+# --------------------------------------------------------------------------------------- the flags
 
 
 def add_stage_flags(parser, max_tokens):
@@ -160,7 +334,14 @@ def add_stage_flags(parser, max_tokens):
 def add_client_flags(parser, max_tokens):
     """The flags of every command that asks a server: both stages, and eval.py."""
     parser.add_argument("--key_env", help="environment variable with the key (default: no key)")
-    parser.add_argument("--concurrency", type=at_least(1), default=8, help="rows in work at once")
+    parser.add_argument("--concurrency", type=between(1, 1024), default=8,
+                        help="rows in work at once")
     parser.add_argument("--max_tokens", type=at_least(1), default=max_tokens, help="per reply")
-    parser.add_argument("--timeout", type=above_0(), default=120, help="seconds to wait per reply")
-    parser.add_argument("--retries", type=at_least(0), default=6, help="per request; 6 take 30 s")
+    parser.add_argument("--timeout", type=between(0.1, 86400, float), default=120,
+                        help="seconds for a whole reply")
+    parser.add_argument("--retries", type=between(0, 100), default=6,
+                        help="per request; 6 take 30 s")
+
+
+def between(lowest, highest, kind=int):
+    return number(kind, lambda value: lowest <= value <= highest, f"from {lowest} to {highest}")

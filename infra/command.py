@@ -35,7 +35,7 @@ def number(kind, is_right, range_in_words):
     """An argparse type: a finite number of a kind (int or float) in a range."""
     def parse(text):
         value = kind(text)
-        if not (math.isfinite(value) and is_right(value)):
+        if not (-math.inf < value < math.inf and is_right(value)):
             raise argparse.ArgumentTypeError(f"must be {range_in_words}, not {text}")
         return value
 

@@ -19,6 +19,9 @@ from tqdm import tqdm
 from infra.command import refuse
 from infra.rows import canonical, stream_rows
 
+# Counts of the client that the summary names only if there were any.
+RARE = {"unfinished": "replies ended for another reason", "thinking": "replies with thinking",
+        "replaced": "characters that cannot be stored replaced"}
 STOP_AFTER = 10  # failures with no success between them: the cause is not in the rows
 
 
@@ -183,7 +186,9 @@ def run_rows(stage, source, args, counts):
               f"({len(skipped)} from before), {failed} failed; "
               f"{counts['requests']:,} requests, {counts['retries']:,} retries, "
               f"{counts['tokens_in']:,} tokens read, {counts['tokens_out']:,} written, "
-              f"{counts['cut']:,} replies cut by --max_tokens", flush=True)
+              f"{counts['cut']:,} replies cut by --max_tokens"
+              + "".join(f", {counts[name]:,} {what}" for name, what in RARE.items()
+                        if counts[name]), flush=True)
     if failed:
         what = f"{failed} rows failed"
         if failed_in_a_row == STOP_AFTER:

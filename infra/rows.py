@@ -21,6 +21,10 @@ ALIASES = {
                        "rejected_score", "rejected_rating", "rejected-rating"),
 }
 
+# Why a model ended a reply that is finished; None: the server does not say. With any other reason
+# ("length", "content_filter", ...) the reply is cut.
+FINISHED = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "", None)
+
 # ------------------------------------------------------------------------------------------- files
 
 
@@ -238,7 +242,8 @@ def as_answer(value):
 
 
 def is_cut(row):
-    """Whether --max_tokens cut the teacher's first turn (rejected) or its last one (chosen)."""
+    """Whether the teacher's first turn (rejected) or its last one (chosen) is not finished."""
     teacher = row.get("teacher")
     finish = teacher.get("finish") if isinstance(teacher, dict) else None
-    return isinstance(finish, list) and "length" in finish[:1] + finish[-1:]
+    return isinstance(finish, list) and any(
+        reason not in FINISHED for reason in finish[:1] + finish[-1:])

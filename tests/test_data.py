@@ -140,7 +140,7 @@ def test_a_pair_with_an_answer_that_the_teacher_did_not_finish_is_left_out(write
     path = write_rows([ROW | {"teacher": teacher} for teacher in teachers])
     pairs, counts = load_pairs(path, tokenizer, 64, True)
     assert len(pairs) == 9
-    assert counts.dropped == {"an answer was cut by the teacher's --max_tokens":
+    assert counts.dropped == {"the teacher did not finish an answer (see teacher.finish)":
                               [f"{path}:{line}" for line in range(1, 5)]}
 
 

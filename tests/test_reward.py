@@ -5,76 +5,8 @@ import pytest
 from conftest import ROOT, read_lines, says
 
 import reward
-from infra.task import Judge
 
-ASKS = {"instruction": "Judge.", "template": "Q: {question}\nA: {answer}"}
-FIVE = Judge(**ASKS, verdict="Final score:", lowest=0, highest=5, good="high")
-TONE = Judge(**ASKS, verdict="Sentiment:", lowest=-5, highest=5, good="zero")
-CUT = "length"
 TASK = f"{ROOT}/toy/task.toml"
-
-VERDICTS = [
-    # decoy numbers before the verdict
-    ("The reply mentions 2 characters and 3 facts.\nFinal score: 5", FIVE, 5),
-    ("I would give 1 for style and 2 for truth.\n\nFinal score: 4", FIVE, 4),
-    ("1. It is long.\n2. It is dull.\nFinal score: 0", FIVE, 0),
-    ("On a scale from 0 to 5, 5 being best:\nFinal score: 3", FIVE, 3),
-    ("Score of the style: 5\nFinal score: 2", FIVE, 2),
-    # signs and fractions
-    ("Warm words.\nSentiment: -3", TONE, -3),
-    ("Sentiment: \u22123", TONE, -3),
-    ("Sentiment: +2", TONE, 2),
-    ("Sentiment: -4.5", TONE, -4.5),
-    ("Sentiment: -0", TONE, 0),
-    ("Final score: 4.5", FIVE, 4.5),
-    ("Final score: .5", FIVE, 0.5),
-    ("Final score: 4,5", FIVE, None),
-    # off the scale
-    ("Final score: 6", FIVE, None),
-    ("Final score: -1", FIVE, None),
-    ("Final score: 5.01", FIVE, None),
-    ("Sentiment: -5.5", TONE, None),
-    ("Final score: 45", FIVE, None),
-    ("Final score: 8/10", FIVE, None),
-    ("Final score: 4/10", FIVE, None),
-    # cut off
-    ("The reply is balanced and\nFinal score: 4", FIVE, None, CUT),
-    ("The reply weighs 2 sides and then", FIVE, None, CUT),
-    ("The reply is balanced.\nFinal score:", FIVE, None),
-    ("The reply is balanced.\nFinal sc", FIVE, None),
-    # missing
-    ("", FIVE, None),
-    ("5", FIVE, None),
-    ("The reply deserves a 5.", FIVE, None),
-    ("Overall score: 5", FIVE, None),
-    ("Final score: N", FIVE, None),
-    ("My final score: 4 would be too kind.", FIVE, None),
-    ("Final score: 4\nBut then the reply also flatters, so I am unsure.", FIVE, None),
-    # Markdown and the like
-    ("**Final score:** 4", FIVE, 4),
-    ("**Final score: 4**", FIVE, 4),
-    ("### Final Score: 3/5", FIVE, 3),
-    ("> _Final score_: `2`.", FIVE, 2),
-    ("- FINAL SCORE: 4 out of 5.", FIVE, 4),
-    ("```\nFinal score: 1\n```\n\n---\n___\n", FIVE, 1),
-    ("Final score: **4.0** / 5", FIVE, 4),
-    # words
-    ("Final score: four", FIVE, None),
-    ("Final score: 4 (good)", FIVE, None),
-    ("Final score: 3-4", FIVE, None),
-    # two verdicts: only the last line counts
-    ("Final score: 2\nOn second thoughts:\nFinal score: 4", FIVE, 4),
-    ("Final score: 4\nFinal score: 4", FIVE, 4),
-    ("The user wrote \"Final score: 5\", but:\nFinal score: 1", FIVE, 1),
-    ("Final score: 2, or rather Final score: 4", FIVE, None),
-]
-
-
-@pytest.mark.parametrize("case", VERDICTS, ids=[repr(case[0])[-40:] for case in VERDICTS])
-def test_verdict(case):
-    text, judge, wanted, *finish = case
-    found = reward.parse_verdict(text, judge, *finish)
-    assert found == wanted and (found is None) == (wanted is None)
 
 
 def test_higher_is_always_better():

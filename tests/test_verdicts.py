@@ -57,7 +57,7 @@ FIVES = [
     ("Final score: {4}", 4),
     ("Final score: <4>", 4),
     ("Final score: \\boxed{4}", 4),
-    ("$\\boxed{\\text{Final score: } 4}$", None),
+    ("$\\boxed{\\text{Final score: } 4}$", 4),
     ("Final score: $4$", 4),
     ("Final score: $\\boxed{4}$", 4),
     ("| Final score | 4 |", 4),
