@@ -10,7 +10,8 @@
 
 No human labels anything. Any OpenAI-compatible server will do. Run the same command again after a
 crash or Ctrl-C: it continues, and retries the rows in <out>.failed.jsonl. A reply that --max_tokens
-cuts is counted, and marked "length" in teacher.finish; train.py skips rows with a cut answer.
+cuts is counted, and marked "length" in teacher.finish; train.py skips rows with a cut answer. What
+a reasoning model thinks goes to teacher.thinking, never into an answer.
 """
 import sys
 

@@ -135,13 +135,14 @@ def test_a_pair_with_an_answer_that_the_teacher_did_not_finish_is_left_out(write
     finishes = [["length", "stop", "stop"], ["stop", "stop", "length"], ["length"],  # left out
                 ["stop", "stop", "stop", "stop", "length"],  # left out: two rounds, a cut rewrite
                 ["stop", "length", "stop"], ["stop", "stop", "length", "stop", "stop"],
-                "length", None, [["length"], 1, {}]]
+                "length", None, ["eos", "length", "end_turn"], [None, "length", ""],
+                ["content_filter", "stop", "stop"], [["length"], 1, {}]]  # left out: not known
     teachers = [{"finish": finish} for finish in finishes] + ["length", ["length"] * 3, {}, 5]
     path = write_rows([ROW | {"teacher": teacher} for teacher in teachers])
     pairs, counts = load_pairs(path, tokenizer, 64, True)
-    assert len(pairs) == 9
+    assert len(pairs) == 10
     assert counts.dropped == {"the teacher did not finish an answer (see teacher.finish)":
-                              [f"{path}:{line}" for line in range(1, 5)]}
+                              [f"{path}:{line}" for line in (1, 2, 3, 4, 11, 12)]}
 
 
 # ------------------------------------------------------------------------------------------- tokens
