@@ -6,6 +6,7 @@ around it do not matter. Two values, a range, another scale or doubt give no sco
 import time
 
 import pytest
+from conftest import ROOT, read_lines
 
 from infra.task import Judge
 from reward import parse_verdict
@@ -235,3 +236,18 @@ def test_time_is_linear_in_the_text(text):
     start = time.perf_counter()
     parse_verdict(text, FIVE)
     assert time.perf_counter() - start < 1, text[:40]
+
+
+def test_texts_that_were_held_back():
+    """150 replies written by somebody who did not know the parser; it was not fitted to them."""
+    thrown_away, invented = [], []
+    for case in read_lines(f"{ROOT}/tests/held_back_verdicts.jsonl"):
+        judge = Judge(**ASKS, verdict=case["label"], lowest=case["lowest"],
+                      highest=case["highest"], good="high")
+        found = parse_verdict(case["text"], judge, case["finish"])
+        if found is None and case["wanted"] is not None:
+            thrown_away.append(case["text"])
+        elif found != case["wanted"]:
+            invented.append(case["text"])
+    assert len(thrown_away) <= 5  # of 95
+    assert invented == ["The reply converts the weight.\nFinal score: 4 kg"]
