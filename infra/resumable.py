@@ -101,9 +101,11 @@ def read_finished(path, adds, provenance_key=None, provenance=None):
 
 def find_finished(stage, source, args):
     """(number of input rows, ids of those in args.out). BadInput for any unusable row or file."""
+    for path in (args.out, f"{args.out}.failed.jsonl"):
+        is_odd = os.path.lexists(path) and not os.path.isfile(path)  # a folder, device, dead link
+        refuse(path, (is_odd or not os.access(os.path.dirname(path) or ".", os.W_OK),
+                      "must be a file in a folder that exists and can be written to"))
     refuse(args.out,
-           (os.path.isdir(args.out) or not os.access(os.path.dirname(args.out) or ".", os.W_OK),
-            "must be a file in a folder that exists and can be written to"),
            (os.path.realpath(args.out) == os.path.realpath(source),
             "is also the file to read; write to another file"))
     finished = read_finished(args.out, stage.adds, stage.provenance_key, stage.provenance)

@@ -475,6 +475,18 @@ def test_another_task_or_model_is_refused(faulty, write_rows, tmp_path, run_stag
     assert out.read_bytes() == before and len(server.asked) == 6
 
 
+@pytest.mark.parametrize("make", [
+    lambda out: os.mkdir(out), lambda out: os.mkfifo(out),
+    lambda out: os.symlink("nowhere", out), lambda out: os.symlink("/dev/full", out),
+    lambda out: os.mkdir(f"{out}.failed.jsonl")])
+def test_an_output_that_is_no_file_is_refused(make, write_rows, tmp_path, run_stage):
+    make(tmp_path / "out")
+    flags = command("http://127.0.0.1:9/v1", write_rows(PROMPTS), tmp_path / "out")
+    code, out, err = run_stage(teacher, *flags)
+    assert code == 2 and "must be a file in a folder" in err and len(err.splitlines()) == 1
+    assert out == ""
+
+
 def test_no_torch():
     script = ("import sys, teacher, reward, infra.fetch; "
               "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)")
