@@ -23,7 +23,7 @@ import infra.distributed as dist
 from data import (batch_tokens, collate, count_chosen, count_tokens, encode_prompt, epoch_order,
                   load_pairs, longest_row, micro_batches, send, split_train_val)
 from infra import checkpoint, models, selfcheck
-from infra.command import Parser, above_0, at_least, number, refuse, run, warn
+from infra.command import Parser, above_0, at_least, between, number, refuse, run, warn
 from infra.generate import generate
 from infra.lora import add_lora, without_lora
 from infra.plots import draw_curves, have_matplotlib
@@ -427,7 +427,7 @@ def learning_rate(step, total_steps, args):
 # ------------------------------------------------------------------------------------------ flags
 
 
-share = number(float, lambda value: 0 <= value <= 1, "from 0 to 1")
+share = between(0, 1, float)
 smoothing = number(float, lambda value: 0 <= value < 0.5, "from 0 to below 0.5")
 
 

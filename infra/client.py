@@ -19,7 +19,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
-from infra.command import BadInput, at_least, number, one_line, refuse, warn
+from infra.command import BadInput, at_least, between, one_line, refuse, warn
 from infra.resumable import RowFailed
 from infra.rows import FINISHED
 
@@ -39,11 +39,10 @@ class Reply:
     problem: str  # why there is no answer and what to do, "" if there is one
 
 
-def chat(client, messages, model, max_tokens, temperature, **more):
-    """The model's Reply to messages. `more` goes into the request; None is left out.
+def chat(client, messages, model, max_tokens, temperature, seed=None):
+    """The model's Reply to messages. Raises the errors of Client.post.
 
-    A reply without text that may pass when asked again is retried. Raises the errors of
-    Client.post.
+    A reply without text is asked for again if the next one may have some.
     """
     def read(answer):
         choice, usage = answer["choices"][0], answer.get("usage") or {}
@@ -54,16 +53,16 @@ def chat(client, messages, model, max_tokens, temperature, **more):
         thinking, text = split_thinking(content)
         if not thinking:  # the server may have taken it out itself
             thinking = message.get("reasoning_content") or message.get("reasoning") or ""
-        tokens = usage.get("completion_tokens") or 0
-        client.count(tokens_in=usage.get("prompt_tokens") or 0, tokens_out=tokens,
-                     cut=finish in ("length", "max_tokens"), thinking=bool(thinking),
-                     unfinished=finish not in (*FINISHED, "length", "max_tokens"))
+        tokens, cut = usage.get("completion_tokens") or 0, finish in ("length", "max_tokens")
+        client.count(tokens_in=usage.get("prompt_tokens") or 0, tokens_out=tokens, cut=cut,
+                     unfinished=not cut and finish not in FINISHED, thinking=bool(thinking))
         problem = "" if text.strip() else no_text(message, finish, thinking and content)
         return Reply(text, finish, tokens, thinking, problem)
 
-    body = {"model": model, "messages": messages, "max_tokens": max_tokens,
-            "temperature": temperature} | more
-    body = {name: value for name, value in body.items() if value is not None}
+    body = {"model": model, "messages": messages,
+            "max_tokens": max_tokens, "temperature": temperature}
+    if seed is not None:
+        body["seed"] = seed
     return client.post(f"{client.base_url}/chat/completions", body, read)
 
 
@@ -83,7 +82,7 @@ def no_text(message, finish, unclosed_thinking):
 THINKING = r"(?:think|thinking|thought|reasoning|seed:think)"
 OPENED = re.compile(rf"\s*[<\[]{THINKING}[>\]]", re.IGNORECASE)
 CLOSED = re.compile(rf"[<\[]/{THINKING}[>\]]", re.IGNORECASE)
-CLOSED_LINE = re.compile(rf"^[ \t]*[<\[]/{THINKING}[>\]][ \t]*$", re.IGNORECASE | re.MULTILINE)
+CLOSED_LINE = re.compile(rf"^[ \t]*{CLOSED.pattern}[ \t]*$", re.IGNORECASE | re.MULTILINE)
 
 
 def split_thinking(text):
@@ -103,13 +102,13 @@ def split_thinking(text):
 # ------------------------------------------------------------------------------------ the exchange
 
 # Request parameters that some models refuse -> the name that they take instead, or None.
-INSTEAD = {"max_tokens": "max_completion_tokens", "temperature": None, "response_format": None}
+INSTEAD = {"max_tokens": "max_completion_tokens", "temperature": None}
 REFUSED = re.compile("unsupported|not support|deprecat|instead|unavailable|unrecogni[sz]ed|"
-                     "not permitted|may only|only the default|invalid schema", re.IGNORECASE)
+                     "not permitted|may only|only the default", re.IGNORECASE)
 
 
-class GivenUp(requests.RequestException):
-    """A reply that is not read to its end."""
+class NoReply(Exception):
+    """No whole reply. The text says why."""
 
 
 class Adapter(HTTPAdapter):
@@ -121,13 +120,14 @@ class Adapter(HTTPAdapter):
 
     def get_connection_with_tls_context(self, *args, **kwargs):
         pool, adapter = super().get_connection_with_tls_context(*args, **kwargs), self
+        if pool.ConnectionCls is type(pool).ConnectionCls:  # a new pool
 
-        class Connection(type(pool).ConnectionCls):
-            def connect(self):
-                super().connect()
-                adapter.socket = self.sock
+            class Connection(pool.ConnectionCls):
+                def connect(self):
+                    super().connect()
+                    adapter.socket = self.sock
 
-        pool.ConnectionCls = Connection
+            pool.ConnectionCls = Connection
         return pool
 
     def hang_up(self):
@@ -191,23 +191,19 @@ class Client:
                 time.sleep(wait)
             self.count(retries=int(attempt > 0))
             wait = min(2 ** attempt / 2, 60) * random.uniform(0.5, 1.5)
-            began = time.monotonic()
             try:
                 status, headers, reply = self.exchange(url, sent := self.adapted(body))
                 while status == 400 and self.learn_from(reply, sent):
                     status, headers, reply = self.exchange(url, sent := self.adapted(body))
-            except requests.RequestException as error:
-                late = time.monotonic() - began >= self.timeout
-                what = f"--timeout {self.timeout:g} is over" if late else error \
-                    if isinstance(error, GivenUp) else type(error).__name__
-                reason = (f"no whole reply from {url} ({what}); check that the server runs, "
+            except NoReply as error:
+                reason = (f"no whole reply from {url} ({error}); check that the server runs, "
                           "--base_url and --timeout")
                 continue
             self.count(answered=1)
             if status == 200:
                 try:
                     return read(reply)
-                except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
+                except (ValueError, LookupError, TypeError, AttributeError):
                     reason = f"{url} sent an unexpected reply: {server_message(reply)}"
                     continue
             reason = f"{url} answered {status}: {server_message(reply)}"
@@ -225,10 +221,10 @@ class Client:
     def exchange(self, url, body):
         """(status, headers, JSON value or text) of one request, in --timeout seconds at most.
 
-        RequestException if there is no whole reply in that time, or one above REPLY_BYTES.
+        NoReply if there is no whole reply in that time, or one above REPLY_BYTES.
         """
         self.count(requests=1)
-        content, began = bytearray(), time.monotonic()
+        content, end = bytearray(), time.monotonic() + self.timeout
         timer = threading.Timer(self.timeout, self.threads.adapter.hang_up)
         timer.start()
         try:
@@ -236,15 +232,20 @@ class Client:
                                            timeout=(min(10, self.timeout), self.timeout)
                                            ) as response:
                 if response.headers.get("Content-Encoding", "identity") != "identity":
-                    raise GivenUp("it is compressed, which was not asked for")
+                    raise NoReply("it is compressed, which was not asked for")
                 for chunk in response.iter_content(2**16):
                     content += chunk
                     if len(content) > REPLY_BYTES:
-                        raise GivenUp(f"it is longer than {REPLY_BYTES >> 20} MiB")
+                        raise NoReply(f"it is longer than {REPLY_BYTES >> 20} MiB")
+            problem = ""
+        except requests.RequestException as error:
+            problem = type(error).__name__
         finally:
             timer.cancel()
-        if time.monotonic() - began >= self.timeout:  # what was read may be cut by the timer
-            raise requests.Timeout
+        if time.monotonic() >= end:  # without an error too: the timer may have cut what was read
+            problem = f"--timeout {self.timeout:g} is over"
+        if problem:
+            raise NoReply(problem)
         text = content.decode("utf-8", "replace")
         try:
             return response.status_code, response.headers, self.clean(json.loads(text))
@@ -341,7 +342,3 @@ def add_client_flags(parser, max_tokens):
                         help="seconds for a whole reply")
     parser.add_argument("--retries", type=between(0, 100), default=6,
                         help="per request; 6 take 30 s")
-
-
-def between(lowest, highest, kind=int):
-    return number(kind, lambda value: lowest <= value <= highest, f"from {lowest} to {highest}")

@@ -47,6 +47,10 @@ def at_least(lowest, kind=int):
     return number(kind, lambda value: value >= lowest, f"{lowest} or above")
 
 
+def between(lowest, highest, kind=int):
+    return number(kind, lambda value: lowest <= value <= highest, f"from {lowest} to {highest}")
+
+
 def above_0(kind=float):
     return number(kind, lambda value: value > 0, "above 0")
 
