@@ -16,13 +16,14 @@ A row is a JSON object that grows from stage to stage of the pipeline:
 import dataclasses
 import functools
 import math
+import os
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
 
-from infra.command import BadInput, Parser, at_least, refuse, run
+from infra.command import BadInput, Parser, at_least, refuse, run, template_kwargs
 from infra.fetch import make_prompts
 from infra.models import TOY_STUDENT, load_tokenizer
 from infra.report import show_report
@@ -62,6 +63,24 @@ def answer_text(tokenizer, prompt, answer):
         return after.rstrip() + tokenizer.eos_token
     start, token = min(found)
     return after[:start] + token
+
+
+def template_note(tokenizer, prompt):
+    """A line about a chat template that renders an answer otherwise than it asks for one, or "".
+
+    Thinking templates do: a finished answer gets an empty block that the student learns to write.
+    """
+    if not tokenizer.chat_template:
+        return ""
+    before, answer = prompt_text(tokenizer, prompt), "An answer."
+    whole = tokenizer.apply_chat_template(
+        as_messages(prompt) + [{"role": "assistant", "content": answer}], tokenize=False)
+    same = len(os.path.commonprefix([before, whole]))
+    asked, rendered = before[same:], whole[same:].partition(answer)[0]
+    if asked.strip() == rendered.strip():
+        return ""
+    return (f"template: it writes {rendered!r} before a finished answer, and {asked!r} when it asks "
+            "for one; --template_kwargs may make both alike, see docs/pipeline.md")
 
 
 @functools.cache
@@ -323,6 +342,7 @@ def main(argv=None):
     parser.add_argument("file", nargs="?", help="rows with prompt, chosen, rejected, maybe scores")
     parser.add_argument("--model", default=TOY_STUDENT, help="whose tokenizer (default: the toy's)")
     parser.add_argument("--max_length", type=at_least(1), default=1024, help="prompt + one answer")
+    parser.add_argument("--template_kwargs", type=template_kwargs, help="as train.py's")
     parser.add_argument("--task", help="fetch the prompts that this behaviour's file names")
     parser.add_argument("--out", help="where the prompts to train on go")
     parser.add_argument("--held_out", help="where held-out prompts go (default: next to --out)")
@@ -336,10 +356,13 @@ def main(argv=None):
            (args.task and not args.out, "--task needs --out, the file to write the prompts to"))
     if args.task:
         return make_prompts(args)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, args.template_kwargs)
     pairs, counts = load_pairs(args.file, tokenizer, args.max_length, needs_scores=False,
                                skip_bad_rows=True)
     show_report(args.file, pairs, counts, tokenizer)
+    note = template_note(tokenizer, pairs[0].prompt)
+    if note:
+        print("\n" + note)
 
 
 if __name__ == "__main__":

@@ -339,14 +339,17 @@ def load_inputs(args):
         rows = [row for _, row in checked_rows(args.prompts, None, check_prompt, ())]
     tokenizers = {folder: load_tokenizer(folder) for folder in (args.base_model, *args.students)}
     base = tokenizers[args.base_model]
-    if args.data:
-        pairs, counts = load_pairs(args.data, base, args.max_length, needs_scores=False)
-        notes = counts.lines()
     for folder in args.students:
         refuse(f"--model {folder}", (
             tokenizers[folder].get_vocab() != base.get_vocab(),
             f"its vocabulary is not that of --base_model {args.base_model}; give the model that "
             "it was trained from"))
+    # train.py --template_kwargs changes a student's template: ask the base in the same way.
+    base.chat_template = tokenizers[args.students[0]].chat_template or base.chat_template
+    if args.data:
+        pairs, counts = load_pairs(args.data, base, args.max_length, needs_scores=False)
+        notes = counts.lines()
+    for folder in args.students:
         warn_of_overlap(folder, args.prompts, [row["prompt"] for row in rows])
         warn_of_overlap(folder, args.data, [pair.prompt for pair in pairs])
     return task, rows, pairs, tokenizers, notes

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 import infra.distributed as dist
 from data import (batch_tokens, collate, count_chosen, count_tokens, encode_prompt, epoch_order,
-                  load_pairs, longest_row, micro_batches, send, split_train_val)
+                  load_pairs, longest_row, micro_batches, send, split_train_val, template_note)
 from infra import checkpoint, models, selfcheck
-from infra.command import Parser, above_0, at_least, between, number, refuse, run, warn
+from infra.command import (Parser, above_0, at_least, between, number, refuse, run,
+                           template_kwargs, warn)
 from infra.generate import generate
 from infra.lora import add_lora, without_lora
 from infra.plots import draw_curves, have_matplotlib
@@ -218,7 +219,7 @@ def main(argv=None):
     model_name = args.model or models.TOY_STUDENT
 
     # Data: every row is checked and tokenized before anything is computed.
-    tokenizer = models.load_tokenizer(model_name)
+    tokenizer = models.load_tokenizer(model_name, args.template_kwargs)
     train_pairs, val_pairs = load_train_val(args, tokenizer)
     checkpoint.check_out_dir(args)
 
@@ -392,6 +393,9 @@ def load_train_val(args, tokenizer):
         counts.report()
     else:
         pairs, val_pairs = split_train_val(pairs, args.eval_share, args.seed)
+    note = template_note(tokenizer, pairs[0].prompt)
+    if note:
+        print(note)
     if args.loss == "dsc":  # trains only on revisions that scored higher
         accepted = [pair for pair in pairs if pair.gap > 0]
         print(f"dsc: {len(accepted)} of {len(pairs)} revisions scored above their originals")
@@ -440,6 +444,8 @@ def get_args(argv=None):
     add("--eval_share", type=share, default=0.1, help="that share, at most 256 prompts")
     add("--model", help="student: a folder or hub id (default: the bundled toy student)")
     add("--max_length", type=at_least(1), default=1024, help="tokens of prompt + one answer")
+    add("--template_kwargs", type=template_kwargs,
+        help="defaults of the chat template, such as '{\"enable_thinking\": false}'")
     add("--skip_bad_rows", action="store_true", help="leave out and count unusable rows")
     # loss
     add("--loss", choices=LOSSES, default="rdpo")

@@ -3,6 +3,7 @@
 Exit codes: 0 done; 1 failed while running; 2 bad input, told in one line on stderr; 130 Ctrl-C.
 """
 import argparse
+import json
 import math
 import os
 import signal
@@ -53,6 +54,21 @@ def between(lowest, highest, kind=int):
 
 def above_0(kind=float):
     return number(kind, lambda value: value > 0, "above 0")
+
+
+def template_kwargs(text):
+    """An argparse type: a JSON object of names and plain values, for a chat template."""
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict) or not all(
+            name.isidentifier() and isinstance(value, (bool, int, str))
+            for name, value in values.items()):
+        raise argparse.ArgumentTypeError(
+            'must be JSON such as {"enable_thinking": false}, with true, false, whole numbers or '
+            f"text as values, not {text}")
+    return values
 
 
 def run(main):

@@ -1,5 +1,6 @@
 """Models and tokenizers: loading them, and what training changes about a loaded model."""
 import functools
+import json
 import math
 import os
 import re
@@ -25,8 +26,12 @@ def check_model_name(model):
         "no such folder; --model takes a model folder or a hub id such as owner/name"))
 
 
-def load_tokenizer(model):
-    """The tokenizer of a folder or hub id. BadInput if there is none, or no eos token."""
+def load_tokenizer(model, template_kwargs=None):
+    """The tokenizer of a folder or hub id. BadInput if there is none, or no eos token.
+
+    template_kwargs, such as {"enable_thinking": False}, become defaults of the chat template. The
+    saved student carries them, so that training, eval.py and every server ask it alike.
+    """
     check_model_name(model)
     hub_logging.set_verbosity_error()  # the hub client prints a line per attempt
     try:
@@ -37,6 +42,16 @@ def load_tokenizer(model):
     refuse(f"--model {model}", (
         tokenizer.eos_token_id is None,
         "its tokenizer has no eos token to end an answer; set eos_token in tokenizer_config.json"))
+    if template_kwargs:
+        template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+        refuse(f"--model {model}", *(
+            (not re.search(rf"\b{name}\b", template),
+             f"its chat template does not use `{name}`; correct or leave out --template_kwargs")
+            for name in template_kwargs))
+        tokenizer.chat_template = "".join(
+            f"{{%- if {name} is not defined %}}{{% set {name} = {json.dumps(value)} %}}"
+            "{% endif %}"
+            for name, value in template_kwargs.items()) + template
     return tokenizer
 
 

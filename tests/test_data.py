@@ -8,6 +8,7 @@ import data
 from data import (Pair, batch_tokens, collate, encode_pair, epoch_order, load_pairs, micro_batches,
                   split_train_val, truncate)
 from infra.command import BadInput
+from infra.models import load_tokenizer
 from infra.rows import RowCounts, canonical, check_pair, read_rows, stream_rows
 
 ROW = {"prompt": "Tell me about tea.", "chosen": "Tea is a drink.", "rejected": "No.",
@@ -24,6 +25,13 @@ CLOSING = CHATML.replace("{% if add", "{% if not add_generation_prompt %}</s>{% 
 NO_END = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
           "{% if add_generation_prompt %}assistant: {% endif %}")
 THINKING = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+# As in Qwen3: a finished answer has a block of thoughts, empty if it has none. The model is asked
+# without one, to think first, unless enable_thinking is false.
+EMPTY_BLOCK = "<think>\n\n</think>\n\n"
+SWITCHED = (CHATML.replace("{{ m.content }}", "{% if m.role == 'assistant' %}" + EMPTY_BLOCK
+                           + "{% endif %}{{ m.content }}")
+            .replace("assistant\n{% endif %}", "assistant\n{% if enable_thinking is defined and "
+                     "enable_thinking is false %}" + EMPTY_BLOCK + "{% endif %}{% endif %}"))
 NO_SYSTEM = CHATML.replace(TURN, "{% if m.role == 'system' %}"
                                  "{{ raise_exception('no system role') }}{% endif %}" + TURN)
 
@@ -161,6 +169,39 @@ def test_prompt_ids_are_a_prefix_and_one_end_of_turn_closes_the_answer(tokenizer
     text = tokenizer.decode(pair.prompt_ids + pair.chosen_ids)
     assert text.startswith(prompt_text)
     assert text[len(prompt_text):].removesuffix("<|im_end|>").strip() == answer.strip()
+
+
+def test_template_kwargs_become_defaults_that_a_saved_tokenizer_keeps(tokenizer, tmp_path):
+    tokenizer.chat_template = SWITCHED
+    tokenizer.save_pretrained(tmp_path)
+    asked = "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n"
+    thinking = load_tokenizer(str(tmp_path))
+    assert data.prompt_text(thinking, "Hi.") == asked
+    assert data.answer_text(thinking, "Hi.", "Yes.") == EMPTY_BLOCK + "Yes.<|im_end|>"
+    assert repr(EMPTY_BLOCK) in data.template_note(thinking, "Hi.")
+
+    load_tokenizer(str(tmp_path), {"enable_thinking": False}).save_pretrained(tmp_path / "saved")
+    without = load_tokenizer(str(tmp_path / "saved"))
+    assert data.prompt_text(without, "Hi.") == asked + EMPTY_BLOCK
+    assert data.answer_text(without, "Hi.", "Yes.") == "Yes.<|im_end|>"
+    assert data.template_note(without, "Hi.") == ""
+    messages = [{"role": "user", "content": "Hi."}]  # whoever asks may still choose
+    assert without.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+                                       enable_thinking=True) == asked
+    with pytest.raises(BadInput, match="does not use `enable_thinkin`"):
+        load_tokenizer(str(tmp_path), {"enable_thinkin": False})
+
+
+@pytest.mark.parametrize("template", [CHATML, TRIMMING, CLOSING, NO_END, None])
+def test_templates_that_ask_as_they_render_have_no_note(tokenizer, template):
+    tokenizer.chat_template = template
+    assert data.template_note(tokenizer, "Hi.") == ""
+
+
+def test_template_that_opens_a_block_only_when_it_asks_is_named(tokenizer):
+    tokenizer.chat_template = THINKING
+    assert "writes '' before a finished answer, and '<think>\\n' when" in data.template_note(
+        tokenizer, "Hi.")
 
 
 def test_prompt_bos_is_the_templates_and_never_doubled(tokenizer):

@@ -11,11 +11,13 @@ import time
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, ROOT, build, random_pairs, read_lines, read_metrics, tiny_model
+from conftest import (ARCHITECTURES, ROOT, assert_one_line, build, random_pairs, read_lines,
+                      read_metrics, tiny_model)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+import eval as evaluation
 import rdpo
 import train
 from data import collate, count_chosen, longest_row, micro_batches
@@ -223,6 +225,38 @@ def test_what_a_run_leaves_and_prints(run_train, tmp_path, toy_rows, write_rows)
     # The first screen is calm: no warning, no library detail, at most 100 columns but for answers.
     assert "warning" not in out + err and "layout" not in out
     assert all(len(line) <= 100 for line in out.split("\nprompt:")[0].splitlines()[3:])
+
+
+def test_the_saved_student_is_asked_as_it_was_trained(
+        run_train, run_stage, tmp_path, toy_rows, write_rows):
+    model = tmp_path / "model"
+    shutil.copytree(TOY_STUDENT, model)
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text(
+        template.replace("}}<|end|>", "}}{% if think %} well{% endif %}<|end|>"))
+    flags = ["--data", write_rows(toy_rows[:24]), "--model", model, "--max_steps", 1]
+    code, out, _ = run_train(*flags, "--template_kwargs", '{"think": true}')
+    assert code == 0 and "template:" not in out
+    args = json.loads((tmp_path / "out" / "args.json").read_text())
+    assert args["template_kwargs"] == {"think": True}
+    asked = [AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        [{"role": "user", "content": "Hi."}], tokenize=False, add_generation_prompt=True)
+        for folder in (model, tmp_path / "out")]
+    assert asked == ["<|user|>Hi.<|end|><|assistant|>", "<|user|>Hi. well<|end|><|assistant|>"]
+    # eval.py asks the base in the same way: prompt ids in answers.jsonl are equal
+    code, _, err = run_stage(
+        evaluation, "--prompts", write_rows(toy_rows[:3], "prompts.jsonl"), "--model",
+        tmp_path / "out", "--base_model", model, "--max_new_tokens", 2, "--out_dir",
+        tmp_path / "eval")
+    assert code == 0, err
+    answers = read_lines(tmp_path / "eval" / "answers.jsonl")
+    ids = {row["system"]: row["prompt_ids"] for row in answers if row["row"] == toy_rows[0]["id"]}
+    assert len(ids) == 2 and len(set(map(tuple, ids.values()))) == 1
+
+
+@pytest.mark.parametrize("value", ["{", "[]", '{"a b": 1}', '{"a": {}}', '{"a": null}', "true"])
+def test_template_kwargs_that_cannot_be_right_are_one_line(run_train, value):
+    assert_one_line(run_train("--data", "none", "--template_kwargs", value), "--template_kwargs")
 
 
 def test_a_learning_rate_of_0_changes_no_weight(run_train, toy_rows, write_rows):
