@@ -212,16 +212,20 @@ def choose_layout(policy, pairs, args):
 
 
 def main(argv=None):
-    began = time.monotonic()
     args = get_args(argv)
     device, dtype = dist.setup(args)
+    with checkpoint.only_run_in(args):
+        train_student(args, device, dtype)
+
+
+def train_student(args, device, dtype):
+    began = time.monotonic()
     torch.manual_seed(args.seed)
     model_name = args.model or models.TOY_STUDENT
 
     # Data: every row is checked and tokenized before anything is computed.
     tokenizer = models.load_tokenizer(model_name, args.template_kwargs)
     train_pairs, val_pairs = load_train_val(args, tokenizer)
-    checkpoint.check_out_dir(args)
 
     # Policy: float32 master weights, or frozen weights and float32 adapters. It stays in eval
     # mode: dropout would add noise to the log-ratios.

@@ -5,6 +5,7 @@
     out_dir/state/step-00000100/      float32 weights and moments, written whole or not at all
     out_dir/model.safetensors, ...    the student as a Hugging Face folder, or an adapter
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import infra.distributed as dist
-from infra.command import refuse
+from infra.command import BadInput, refuse
+from infra.lock import only_writer
 from infra.lora import merged, save_adapter
 from infra.models import TOY_STUDENT, sample_weights, share_changed
 from infra.rounding import DROPPED_BITS, stochastic_round
@@ -28,10 +30,32 @@ from infra.rows import atomic_write
 FREE_TO_CHANGE = {"resume", "overwrite", "save_every", "cache_dir", "max_new_tokens"}
 
 
+@contextlib.contextmanager
+def only_run_in(args):
+    """Check out_dir, create it and hold its lock. If nothing was written, it is removed again."""
+    is_new = not os.path.exists(args.out_dir)
+    check_out_dir(args)
+    if dist.rank() > 0:
+        yield
+        return
+    try:
+        os.makedirs(args.out_dir, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out_dir {args.out_dir}: {error.strerror}; give a folder that can be "
+                       "created") from error
+    try:
+        with only_writer(os.path.join(args.out_dir, "run")):
+            yield
+    finally:
+        if is_new and not os.listdir(args.out_dir):
+            os.rmdir(args.out_dir)
+
+
 def check_out_dir(args):
     """BadInput unless out_dir is new, or holds a run that --resume or --overwrite names."""
     out_dir, path = args.out_dir, os.path.join(args.out_dir, "args.json")
-    is_new = not os.path.exists(out_dir) or os.path.isdir(out_dir) and not os.listdir(out_dir)
+    is_new = not os.path.exists(out_dir) or (  # a run that was killed early leaves its lock
+        os.path.isdir(out_dir) and set(os.listdir(out_dir)) <= {"run.lock"})
     is_model = args.model and os.path.realpath(args.model) == os.path.realpath(out_dir)
     refuse(
         f"--out_dir {out_dir}",
@@ -50,14 +74,17 @@ def check_out_dir(args):
 
 
 def begin_out_dir(args, first_step):
-    """Create out_dir with args.json; returns its MetricsFile, cut after first_step."""
+    """Write args.json into out_dir; returns its MetricsFile, cut after first_step."""
     path = os.path.join(args.out_dir, "metrics.jsonl")
     dist.barrier()  # all ranks have checked out_dir and loaded its state
     if dist.rank() > 0:
         return MetricsFile(os.devnull)
-    if args.overwrite and os.path.exists(args.out_dir):
-        shutil.rmtree(args.out_dir)
-    os.makedirs(args.out_dir, exist_ok=True)
+    for name in os.listdir(args.out_dir) if args.overwrite else ():
+        path_before = os.path.join(args.out_dir, name)
+        if os.path.isdir(path_before) and not os.path.islink(path_before):
+            shutil.rmtree(path_before)
+        elif name != "run.lock":
+            os.remove(path_before)
     text = json.dumps(vars(args) | {"torch": torch.__version__}, indent=1)
     atomic_write(os.path.join(args.out_dir, "args.json"), text)
     lines = []

@@ -3,6 +3,7 @@
 Exit codes: 0 done; 1 failed while running; 2 bad input, told in one line on stderr; 130 Ctrl-C.
 """
 import argparse
+import errno
 import json
 import math
 import os
@@ -72,9 +73,15 @@ def template_kwargs(text):
 
 
 def run(main):
-    """Run a command's main(): BadInput exits with 2, Ctrl-C with 130, neither with a traceback."""
+    """Run a command's main(). BadInput exits with 2, a full disk with 1, Ctrl-C with 130."""
     try:
         main()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {error.strerror}; make room, then give the same command again (train.py: "
+              "with --resume)", file=sys.stderr)
+        sys.exit(1)
     except BadInput as error:
         # Under torchrun all ranks usually fail alike. Rank 0 prints; torchrun then ends the others.
         if os.environ.get("LOCAL_RANK", "0") != "0":

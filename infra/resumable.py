@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from infra.command import refuse
+from infra.lock import only_writer
 from infra.rows import canonical, stream_rows
 
 # Counts of the client that the summary names only if there were any.
@@ -99,15 +100,18 @@ def read_finished(path, adds, provenance_key=None, provenance=None):
     return finished
 
 
-def find_finished(stage, source, args):
-    """(number of input rows, ids of those in args.out). BadInput for any unusable row or file."""
-    for path in (args.out, f"{args.out}.failed.jsonl"):
+def check_files(source, out):
+    """BadInput if `out` cannot be written, or is `source`."""
+    for path in (out, f"{out}.failed.jsonl"):
         is_odd = os.path.lexists(path) and not os.path.isfile(path)  # a folder, device, dead link
         refuse(path, (is_odd or not os.access(os.path.dirname(path) or ".", os.W_OK),
                       "must be a file in a folder that exists and can be written to"))
-    refuse(args.out,
-           (os.path.realpath(args.out) == os.path.realpath(source),
-            "is also the file to read; write to another file"))
+    refuse(out, (os.path.realpath(out) == os.path.realpath(source),
+                 "is also the file to read; write to another file"))
+
+
+def find_finished(stage, source, args):
+    """(number of input rows, ids of those in args.out). BadInput for any unusable row."""
     finished = read_finished(args.out, stage.adds, stage.provenance_key, stage.provenance)
     total, skipped = 0, set()
     for where, row in checked_rows(source, args.limit, stage.check, stage.adds):
@@ -151,6 +155,13 @@ def run_rows(stage, source, args, counts):
     args has out, limit, concurrency and show; counts is the client's Counter, for the summary.
     All rows are checked before the first request. Ends early after STOP_AFTER failures in a row.
     """
+    check_files(source, args.out)
+    with only_writer(args.out):
+        return finish_rows(stage, source, args, counts)
+
+
+def finish_rows(stage, source, args, counts):
+    """run_rows, as the only writer of args.out."""
     total, skipped = find_finished(stage, source, args)
     rows = (row for _, row in checked_rows(source, args.limit, stage.check, stage.adds)
             if row["id"] not in skipped)
@@ -206,18 +217,19 @@ def run_batches(path, rows, adds, work, batch_size, name):
     Unlike run_rows: batches instead of threads, for a model in this process. BadInput if `path`
     holds the id of a row with other content. `name` labels the progress bar.
     """
-    finished = read_finished(path, adds)
-    for row in rows:
-        refuse(path, (finished.get(row["id"], digest(row, adds)) != digest(row, adds),
-                      f"holds {json.dumps(row['id'])[:60]} by other weights, settings or prompt; "
-                      "give another --out_dir"))
-    missing = [row for row in rows if row["id"] not in finished]
-    bar = tqdm(total=len(missing), desc=name, disable=None, leave=False)
-    with open(path, "a", encoding="utf-8") as file, bar:
-        for start in range(0, len(missing), batch_size):
-            for row in work(missing[start:start + batch_size]):
-                write_line(file, row)
-                bar.update()
+    with only_writer(path):
+        finished = read_finished(path, adds)
+        for row in rows:
+            refuse(path, (finished.get(row["id"], digest(row, adds)) != digest(row, adds),
+                          f"holds {json.dumps(row['id'])[:60]} by other weights, settings or "
+                          "prompt; give another --out_dir"))
+        missing = [row for row in rows if row["id"] not in finished]
+        bar = tqdm(total=len(missing), desc=name, disable=None, leave=False)
+        with open(path, "a", encoding="utf-8") as file, bar:
+            for start in range(0, len(missing), batch_size):
+                for row in work(missing[start:start + batch_size]):
+                    write_line(file, row)
+                    bar.update()
     return {row["id"]: row for _, row in stream_rows(path)}
 
 
