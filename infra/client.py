@@ -197,7 +197,7 @@ class Client:
                     status, headers, reply = self.exchange(url, sent := self.adapted(body))
             except NoReply as error:
                 reason = (f"no whole reply from {url} ({error}); check that the server runs, "
-                          "--base_url and --timeout")
+                          "--base_url, --timeout and --concurrency")
                 continue
             self.count(answered=1)
             if status == 200:

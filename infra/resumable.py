@@ -206,6 +206,8 @@ def finish_rows(stage, source, args, counts):
         what = f"{failed} rows failed"
         if failed_in_a_row == STOP_AFTER:
             what = f"stopped after {STOP_AFTER} rows failed one after another"
+        if not skipped and not done:  # some servers answer 400 or 500 to a wrong model or key
+            reason = f"{reason}; no row succeeded: check --model, --key_env, the server's log"
         print(f"error: {what}, the last because {reason}; {failed_path} has them, "
               "and the same command tries them again", file=sys.stderr)
     return failed

@@ -339,6 +339,22 @@ def test_a_forbidden_prompt_fails_its_row_only(faulty, write_rows, tmp_path, run
     assert [row["id"] for row in failed] == [PROMPTS[1]["id"]]
 
 
+@pytest.mark.parametrize("status", [400, 500])
+def test_where_nothing_succeeds_the_message_names_model_and_key(
+        status, faulty, write_rows, tmp_path, run_stage):
+    """A litellm proxy answers 400 to a wrong key or model, `transformers serve` 500."""
+    server, hint = faulty(lambda: status), "no row succeeded: check --model, --key_env"
+    flags = command(server.url, write_rows(PROMPTS[:3]), tmp_path / "out", "--retries", 0)
+    code, _, err = run_stage(teacher, *flags)
+    assert code == 1 and f"answered {status}" in err and hint in err, err
+    server.fault = lambda: status if len(server.asked) == 5 else None  # one row of three
+    code, out, err = run_stage(teacher, *flags, "--concurrency", 1)
+    assert code == 1 and "2 of 3 rows" in out and hint not in err, err
+    server.fault = lambda: status  # the other two are from before
+    code, _, err = run_stage(teacher, *flags)
+    assert code == 1 and f"answered {status}" in err and hint not in err, err
+
+
 def test_a_missing_or_foreign_server_stops_the_run_soon(faulty, write_rows, tmp_path, run_stage):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
