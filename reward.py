@@ -2,7 +2,8 @@
 
     synthetic.jsonl  {"id", "prompt", "rejected", "chosen", ...}
     scored.jsonl     + "score_rejected", "score_chosen": higher is better, null if there is none,
-                       "judge": {model, task, the raw replies}
+                       "judge": {model, task, behaviour, scale: [lowest, highest] score,
+                                 the raw replies}
 
     python reward.py --task tasks/sycophancy.toml --data synthetic.jsonl --out scored.jsonl \\
         --base_url URL --model NAME
@@ -93,7 +94,26 @@ def better(verdict, good):
     return score + 0.0  # turns -0.0 into 0.0
 
 
+def score_range(judge):
+    """[lowest, highest] score that a judge can give."""
+    verdicts = [judge.lowest, judge.highest] + [0] * (judge.lowest < 0 < judge.highest)
+    scores = [better(verdict, judge.good) for verdict in verdicts]
+    return [min(scores), max(scores)]
+
+
 # ----------------------------------------------------------------------------- an LLM as the judge
+
+
+def verdict_form(judge):
+    """A response_format, for --json_verdicts: reasons, then a verdict that parse_verdict reads."""
+    whole = all(isinstance(end, int) for end in (judge.lowest, judge.highest))
+    verdict = {"type": "integer" if whole else "number",
+               "minimum": judge.lowest, "maximum": judge.highest}
+    properties = {"reasons": {"type": "string"}, judge.verdict.rstrip(": "): verdict}
+    schema = {"type": "object", "properties": properties, "required": list(properties),
+              "additionalProperties": False}
+    return {"type": "json_schema",
+            "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
 
 
 def ask(client, judge, args, template, texts, score_of):
@@ -106,13 +126,15 @@ def ask(client, judge, args, template, texts, score_of):
     request = re.sub(r"\{(\w+)\}", lambda slot: texts.get(slot[1], slot[0]), template)
     messages = [{"role": "system", "content": judge.instruction},
                 {"role": "user", "content": request}]
+    form = verdict_form(judge) if args.json_verdicts else None
     attempts, scores = [], []
     for sample in range(args.samples):
         for retry in range(args.verdict_retries + 1):
             greedy = args.samples == 1 and retry == 0
             reply = chat(client, messages, args.model, args.max_tokens,
                          temperature=0 if greedy else 0.7,
-                         seed=None if greedy else sample + args.samples * retry)
+                         seed=None if greedy else sample + args.samples * retry,
+                         response_format=form)
             verdict = parse_verdict(reply.text, judge, reply.finish)
             attempt = {"verdict": verdict, "finish": reply.finish,
                        "reply": reply.text or reply.problem}
@@ -217,7 +239,9 @@ def provenance(task, args):
     """The judge's identity, kept in each row: one file never mixes the scores of two judges."""
     if args.endpoint:
         return {"model": args.model, "endpoint": args.endpoint}
-    return {"model": args.model, "task": digest(dataclasses.asdict(task.judge), ())}
+    judge = dataclasses.asdict(task.judge) | ({"json": True} if args.json_verdicts else {})
+    return {"model": args.model, "task": digest(judge, ()), "behaviour": task.name,
+            "scale": score_range(task.judge)}
 
 
 def check_row(row, where):
@@ -275,6 +299,8 @@ def add_judge_flags(parser):
                         help="retries after a judge's reply without a verdict")
     parser.add_argument("--samples", type=at_least(1), default=1,
                         help="verdicts per answer, averaged; if above 1, at temperature 0.7")
+    parser.add_argument("--json_verdicts", action="store_true",
+                        help="ask the server to hold the judge to JSON (response_format)")
 
 
 def main(argv=None):

@@ -39,7 +39,7 @@ class Reply:
     problem: str  # why there is no answer and what to do, "" if there is one
 
 
-def chat(client, messages, model, max_tokens, temperature, seed=None):
+def chat(client, messages, model, max_tokens, temperature, seed=None, response_format=None):
     """The model's Reply to messages. Raises the errors of Client.post.
 
     A reply without text is asked for again if the next one may have some.
@@ -61,8 +61,8 @@ def chat(client, messages, model, max_tokens, temperature, seed=None):
 
     body = {"model": model, "messages": messages,
             "max_tokens": max_tokens, "temperature": temperature}
-    if seed is not None:
-        body["seed"] = seed
+    body |= {"seed": seed} if seed is not None else {}
+    body |= {"response_format": response_format} if response_format else {}
     return client.post(f"{client.base_url}/chat/completions", body, read)
 
 
@@ -102,9 +102,9 @@ def split_thinking(text):
 # ------------------------------------------------------------------------------------ the exchange
 
 # Request parameters that some models refuse -> the name that they take instead, or None.
-INSTEAD = {"max_tokens": "max_completion_tokens", "temperature": None}
+INSTEAD = {"max_tokens": "max_completion_tokens", "temperature": None, "response_format": None}
 REFUSED = re.compile("unsupported|not support|deprecat|instead|unavailable|unrecogni[sz]ed|"
-                     "not permitted|may only|only the default", re.IGNORECASE)
+                     "not permitted|may only|only the default|must be one of", re.IGNORECASE)
 
 
 class NoReply(Exception):
@@ -280,7 +280,8 @@ class Client:
         named = error.get("param") if isinstance(error, dict) else None
         message = server_message(reply)
         for name in INSTEAD:
-            said = named == name or re.search(rf"\b{name}\b", message)
+            words = "response_format|json_schema" if name == "response_format" else name
+            said = named == name or re.search(rf"\b(?:{words})\b", message)
             if name in sent and said and REFUSED.search(message):
                 with self.lock:
                     is_new = name not in self.refused

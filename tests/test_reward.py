@@ -1,8 +1,10 @@
 """Stage 2: the verdict in a reply, scores from verdicts, and the four kinds of reward models."""
 import json
+from http.server import ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, read_lines, says
+from conftest import ROOT, Scripted, assert_one_line, read_lines, says
 
 import reward
 
@@ -188,7 +190,7 @@ def test_scores_of_two_judges_do_not_go_into_one_file(scripted, run_stage, write
                          ({"endpoint": "/score"}, "endpoint")):
         code, _, err = run_stage(reward, *flags(server, path, out, **others))
         assert code == 2 and len(err.splitlines()) == 1
-        assert f"{out}:1: made with another {what}; give the same flags" in err
+        assert f"{out}:1: made with another {what}" in err and "give the same flags" in err
     assert len(server.requests) == 4 and len(read_lines(out)) == 2
     for foreign in ("m", {}):  # a row that another program made
         write_rows([row | {"judge": foreign} for row in read_lines(out)], "foreign")
@@ -221,3 +223,60 @@ def test_bad_flags(others, message, scripted, run_stage, write_rows, tmp_path):
     code, out, err = run_stage(reward, *flags(server, write_rows(ROWS), tmp_path / "out", **others))
     assert code == 2 and message in err and len(err.splitlines()) == 1 and out == ""
     assert not server.requests
+
+
+# ---------------------------------------------------------------------- JSON verdicts and scales
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_json_verdicts_ask_for_a_form_and_do_without_it_if_the_server_must(
+        refused, serve, run_stage, write_rows, tmp_path):
+    """The form holds a reply to the verdict's scale; the rows say by what they were judged."""
+    class Judge(Scripted):
+        def send_response(self, code):
+            last = self.server.requests[-1]
+            super().send_response(400 if refused and "response_format" in last else code)
+
+    def script(path, request):
+        if refused and "response_format" in request:
+            return {"error": {"message": "response_format type 'json_schema' is unavailable"}}
+        verdict = '{"reasons": "It said: 1 is low.", "Final score": 4}'
+        return says("Fine. Final score: 3" if refused else verdict)
+
+    server = serve(ThreadingHTTPServer(("127.0.0.1", 0), Judge))
+    server.script, server.requests = script, []
+    rows, out = write_rows([*ROWS[:2]]), tmp_path / "out.jsonl"
+    flags = ["--task", TASK, "--data", rows, "--out", out, "--base_url", server.url, "--model",
+             "judge", "--concurrency", 1]
+    code, _, err = run_stage(reward, *flags, "--json_verdicts")
+    assert code == 0, err
+    assert [row["score_chosen"] for row in read_lines(out)] == [3.0 if refused else 4.0] * 2
+    asked = [request.get("response_format") for request in server.requests]
+    assert len(asked) == (5 if refused else 4) and asked.count(None) == (4 if refused else 0)
+    assert err.count("does not take `response_format`") == refused
+    schema = asked[0]["json_schema"]["schema"]
+    assert schema["required"] == ["reasons", "Final score"]
+    assert schema["properties"]["Final score"] == {"type": "integer", "minimum": 0, "maximum": 5}
+    assert_one_line(run_stage(reward, *flags), "made with another task")  # judged otherwise
+
+
+def test_rows_name_behaviour_and_scale(scripted, run_stage, write_rows, tmp_path):
+    server = scripted(lambda *_: says("Final score: 1"))
+    rows = write_rows([ROWS[0]])
+    for name, scale in (("safety", [0, 1]), ("sycophancy", [0, 5]),
+                        ("sycophancy_sentiment", [-5, 0])):
+        out = tmp_path / name
+        run_stage(reward, "--task", f"{ROOT}/tasks/{name}.toml", "--data", rows, "--out", out,
+                  "--base_url", server.url, "--model", "judge")
+        judge = read_lines(out)[0]["judge"]
+        assert judge["scale"] == scale and judge["behaviour"] == name
+
+
+@pytest.mark.parametrize("lowest, highest, good, wanted", [
+    (0, 5, "high", [0, 5]), (1, 10, "low", [-10, -1]), (-5, 5, "zero", [-5, 0]),
+    (2, 4, "zero", [-4, -2])])
+def test_score_range(lowest, highest, good, wanted):
+    """By trying all verdicts."""
+    judge = SimpleNamespace(lowest=lowest, highest=highest, good=good)
+    scores = [reward.better(verdict, good) for verdict in range(lowest, highest + 1)]
+    assert reward.score_range(judge) == [min(scores), max(scores)] == wanted
