@@ -15,6 +15,7 @@ A row is a JSON object that grows from stage to stage of the pipeline:
 """
 import dataclasses
 import functools
+import json
 import math
 import os
 from dataclasses import dataclass
@@ -23,11 +24,12 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 
-from infra.command import BadInput, Parser, at_least, refuse, run, template_kwargs
+from infra.command import BadInput, Parser, at_least, one_line, refuse, run, template_kwargs
 from infra.fetch import make_prompts
 from infra.models import TOY_STUDENT, load_tokenizer
 from infra.report import show_report
-from infra.rows import RowCounts, as_messages, canonical, check_pair, is_cut, stream_rows
+from infra.rows import (RowCounts, as_messages, canonical, check_pair, families, has_input, is_cut,
+                        stream_rows)
 
 # ---------------------------------------------------------------------------------- text to tokens
 
@@ -89,25 +91,33 @@ def control_tokens(tokenizer):
     return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
+def refuse_control_tokens(tokenizer, prompt, answers, where):
+    """BadInput if a text holds a control token: it would end its turn, or begin another one."""
+    texts = [("the prompt", message["content"]) for message in as_messages(prompt)]
+    for what, text in texts + [("an answer", answer) for answer in answers]:
+        found = [token for token in control_tokens(tokenizer) if token in text]
+        refuse(where, (found, f"{what} holds the control token {', '.join(found)}; give the bare "
+                              "text without it, or run with --skip_bad_rows"))
+
+
 def encode_prompt(tokenizer, prompt):
     """Token ids of prompt_text. jinja2.TemplateError if the chat template refuses the prompt."""
-    return tokenizer(prompt_text(tokenizer, prompt), add_special_tokens=False).input_ids
+    return token_ids(tokenizer, prompt_text(tokenizer, prompt))
 
 
-def encode_answer(tokenizer, prompt, prompt_ids, answer, where):
-    """Token ids of answer_text, such that prompt_ids + answer ids is what the model reads.
+def token_ids(tokenizer, text):
+    """Without the tokenizer's warning of a long text: truncate() may still cut it."""
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
-    BadInput if the answer holds a control token: it would end the turn in its middle.
-    """
-    for token in control_tokens(tokenizer):
-        refuse(where, (token in answer,
-                       f"an answer holds the control token {token}; take it out of the text"))
+
+def encode_answer(tokenizer, prompt, prompt_ids, answer):
+    """Token ids of answer_text, such that prompt_ids + answer ids is what the model reads."""
     before, after = prompt_text(tokenizer, prompt), answer_text(tokenizer, prompt, answer)
-    whole_ids = tokenizer(before + after, add_special_tokens=False).input_ids
+    whole_ids = token_ids(tokenizer, before + after)
     if whole_ids[:len(prompt_ids)] == prompt_ids:
         return whole_ids[len(prompt_ids):]
     # The tokenizer merged the prompt's end with the answer's start: tokenize the answer alone.
-    return tokenizer(after, add_special_tokens=False).input_ids
+    return token_ids(tokenizer, after)
 
 
 MIN_PROMPT = 64  # tokens of the prompt that truncation keeps before it cuts the answers
@@ -139,6 +149,13 @@ class Pair:
     rejected_ids: list
     score_chosen: float | None
     score_rejected: float | None
+    group: str | None = None  # the row's `group` as JSON
+
+    @property
+    def names(self):
+        """What siblings share: ids, the prompt before it was cut, or the group."""
+        names = tuple(self.prompt_ids), json.dumps(as_messages(self.prompt)), self.group
+        return [name for name in names if name is not None]
 
     @property
     def gap(self):
@@ -169,51 +186,63 @@ def load_pairs(path, tokenizer, max_length, needs_scores, skip_bad_rows=False):
         counts.rows += 1
         if pair:
             pairs.append(pair)
-    refuse(path, (not pairs, f"no row left to use: {'; '.join(counts.lines()) or 'it has no rows'}."
-                             f" --max_length is {max_length}"))
+            counts.joined += has_input(row)
+    reasons = "; ".join(counts.lines()) or "it has no rows"
+    refuse(path, (not pairs, f"no row left to use: {reasons}"))
+    counts.groups = len({pair.group for pair in pairs} - {None})
     return pairs, counts
 
 
 def encode_pair(row, where, tokenizer, max_length, needs_scores, counts):
     """The Pair of a canonical row; None if the row is left out, which drop() counts."""
     prompt, chosen, rejected, score_chosen, score_rejected = check_pair(row, where, needs_scores)
+    if "score_chosen" not in row or "score_rejected" not in row:
+        counts.unscored.append(where)
     name = tokenizer.name_or_path
     refuse(where, (isinstance(prompt, list) and not tokenizer.chat_template,
-                   f"`prompt` is a list of chat messages, but the tokenizer of {name} has no chat "
-                   "template; give --model an instruct model, or plain-text prompts"))
-    if needs_scores and None in (score_chosen, score_rejected):
-        return counts.drop("no score", where)
+                   f"the prompt is chat messages or a transcript, but the tokenizer of {name} has "
+                   "no chat template; give --model an instruct model, or plain-text prompts"))
     if is_cut(row):  # its end-of-turn token would teach the student to stop in mid-sentence
         return counts.drop("the teacher did not finish an answer (see teacher.finish)", where)
     if chosen == rejected:
         return counts.drop("chosen equals rejected", where)
+    refuse_control_tokens(tokenizer, prompt, (chosen, rejected), where)
     try:
         prompt_ids = encode_prompt(tokenizer, prompt)
-        chosen_ids = encode_answer(tokenizer, prompt, prompt_ids, chosen, where)
-        rejected_ids = encode_answer(tokenizer, prompt, prompt_ids, rejected, where)
+        chosen_ids = encode_answer(tokenizer, prompt, prompt_ids, chosen)
+        rejected_ids = encode_answer(tokenizer, prompt, prompt_ids, rejected)
     except TemplateError as error:
-        raise BadInput(f"{where}: the chat template of {name} refuses this row: {error}") from error
+        raise BadInput(f"{where}: the chat template of {name} refuses this row: "
+                       f"{one_line(str(error))}") from error
+    if needs_scores and None in (score_chosen, score_rejected):
+        return counts.drop("no score", where)
     cut = truncate(prompt_ids, chosen_ids, rejected_ids, max_length)
     counts.truncated += cut != (prompt_ids, chosen_ids, rejected_ids)
     prompt_ids, chosen_ids, rejected_ids = cut
     if not chosen_ids:
-        return counts.drop("no response token left after truncation", where)
+        return counts.drop(f"no response token left after truncation, --max_length is {max_length}",
+                           where)
     if chosen_ids == rejected_ids:
         return counts.drop("chosen equals rejected after truncation", where)
-    return Pair(where, prompt, *cut, score_chosen, score_rejected)
+    group = None if row.get("group") is None else json.dumps(row["group"], sort_keys=True)
+    return Pair(where, prompt, *cut, score_chosen, score_rejected, group)
 
 
 def split_train_val(pairs, share, seed, at_most=256):
-    """(training pairs, validation pairs), split by prompt ids: none is on both sides.
+    """(training pairs, validation pairs): siblings, see Pair.names, are on one side.
 
-    Validation gets a share of the prompts, at most `at_most` of them.
+    Validation gets a share of the families of siblings, at most `at_most` of them.
     """
-    prompts = sorted({tuple(pair.prompt_ids) for pair in pairs})
-    count = min(math.ceil(len(prompts) * share), at_most) if len(prompts) > 1 else 0
-    order = np.random.default_rng(seed).permutation(len(prompts))
-    val = {prompts[i] for i in order[:count]}
-    return ([pair for pair in pairs if tuple(pair.prompt_ids) not in val],
-            [pair for pair in pairs if tuple(pair.prompt_ids) in val])
+    family_of, smallest = families([pair.names for pair in pairs]), {}
+    for pair, family in zip(pairs, family_of):
+        ids = tuple(pair.prompt_ids)
+        smallest[family] = min(ids, smallest.get(family, ids))
+    ordered = sorted(smallest, key=smallest.get)  # whatever the order of the rows
+    count = min(math.ceil(len(ordered) * share), at_most) if len(ordered) > 1 else 0
+    order = np.random.default_rng(seed).permutation(len(ordered))
+    val = {ordered[i] for i in order[:count]}
+    return ([pair for pair, family in zip(pairs, family_of) if family not in val],
+            [pair for pair, family in zip(pairs, family_of) if family in val])
 
 
 def epoch_order(count, seed, epoch):
@@ -359,7 +388,9 @@ def main(argv=None):
     tokenizer = load_tokenizer(args.model, args.template_kwargs)
     pairs, counts = load_pairs(args.file, tokenizer, args.max_length, needs_scores=False,
                                skip_bad_rows=True)
-    show_report(args.file, pairs, counts, tokenizer)
+    scored = [pair for pair in pairs if not math.isnan(pair.gap)]
+    _, held_out = split_train_val(scored or pairs, share=0.1, seed=0)  # as train.py by default
+    show_report(args.file, pairs, len(held_out), counts, tokenizer)
     note = template_note(tokenizer, pairs[0].prompt)
     if note:
         print("\n" + note)

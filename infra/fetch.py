@@ -133,7 +133,7 @@ def public_rows(source, task_path, file):
         return parse_pages(text, name)[0]
     if source.format == "csv":
         return parse_csv(text, name)
-    return [row for _, row in parse_rows(io.StringIO(text), name)]
+    return [row for _, row in parse_rows(io.BytesIO(text.encode()), name)]
 
 
 def fetch_pages(url, task_path):

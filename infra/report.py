@@ -12,13 +12,13 @@ import textwrap
 from collections import Counter
 
 from infra.command import one_line, printable, warn
-from infra.rows import as_messages, canonical, read_text, stream_rows
+from infra.rows import as_messages, canonical, few, read_text, stream_rows
 
 
 def histogram(values, width=40):
     """Lines of a text histogram, in a few bins centred on round numbers, one of them 0."""
     spread = max(values) - min(values)
-    sizes = (digit * 10**power for power in range(-6, 12) for digit in (1, 2, 5))
+    sizes = (digit * 10**power for power in range(-6, 39) for digit in (1, 2, 5))
     size = next(size for size in sizes if spread <= 7 * size)
     counts = Counter(round(value / size) for value in values)
     most = max(counts.values())
@@ -40,9 +40,27 @@ def printable_tokens(tokenizer, ids):
     return [printable(token.translate(readable)) for token in tokenizer.convert_ids_to_tokens(ids)]
 
 
-def show_report(path, pairs, counts, tokenizer):
-    """Print the report of `python data.py FILE`: rows, lengths, score gaps, one pair in tokens."""
-    print("\n".join([f"{path}: {counts.rows} rows, {len(pairs)} usable pairs", *counts.lines()]))
+def show_report(path, pairs, held_out, counts, tokenizer):
+    """Print the report of `python data.py FILE`: rows, lengths, score gaps, one pair in tokens.
+
+    held_out is the number of pairs that train.py would validate on.
+    """
+    bad = counts.dropped.pop("bad row", [])
+    print(f"{path}: {counts.rows} rows, {len(pairs)} usable pairs, {held_out} of them to validate")
+    print("".join(line + "\n" for line in counts.lines()), end="")
+    for error in bad[:3]:
+        print(f"train.py would stop at {error}")
+    if bad:
+        print(f"{len(bad)} such rows in all: repair them, or leave them out by --skip_bad_rows")
+    if counts.unscored:
+        print("with --loss rdpo, the default, or dsc train.py would stop at rows without two "
+              f"scores, {len(counts.unscored)} in all: {few(counts.unscored)}")
+    nulls = {pair.where for pair in pairs if math.isnan(pair.gap)} - set(counts.unscored)
+    if nulls:
+        print(f"{len(nulls)} pairs have a `null` score: rdpo and dsc leave them out")
+    if not held_out:
+        print("train.py would stop: one prompt alone cannot be split into training and "
+              "validation; give more rows, or --eval_data")
     print("\ntokens      least  median    most")
     for name in ("prompt", "chosen", "rejected"):
         lengths = [len(getattr(pair, name + "_ids")) for pair in pairs]

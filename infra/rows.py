@@ -2,10 +2,13 @@
 
 Stages 1 and 2 run on machines without a GPU stack, so nothing here imports torch.
 """
+import gzip
 import itertools
 import json
-import math
 import os
+import re
+import sys
+import zlib
 from dataclasses import dataclass, field
 
 from infra.command import BadInput, refuse, warn
@@ -21,11 +24,19 @@ ALIASES = {
                        "rejected_score", "rejected_rating", "rejected-rating"),
 }
 
+LARGEST_SCORE = 1e38  # the gap of two scores must be finite in float32
+
 # Why a model ended a reply that is finished; None: the server does not say. With any other reason
 # ("length", "content_filter", ...) the reply is cut.
 FINISHED = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "", None)
 
 # ------------------------------------------------------------------------------------------- files
+
+BOM = b"\xef\xbb\xbf"  # the byte-order mark that some editors write before UTF-8
+LONGEST_LINE = 2**30  # bytes: neither /dev/zero nor a gzip bomb may fill the memory
+PARQUET = ("a Parquet file; convert it (pip install pandas pyarrow), then give rows.jsonl: "
+           "python -c \"import pandas; pandas.read_parquet('{}')"
+           ".to_json('rows.jsonl', orient='records', lines=True)\"")
 
 
 def read_text(path, wanted):
@@ -40,7 +51,7 @@ def read_text(path, wanted):
 def decode(content, path, line=1):
     """Bytes as text, without a byte-order mark. BadInput names the line that is not UTF-8."""
     try:
-        return content.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+        return content.removeprefix(BOM).decode("utf-8")
     except UnicodeDecodeError as error:
         line += content.count(b"\n", 0, error.start)
         raise BadInput(f"{path}:{line}: not UTF-8; save the file as UTF-8") from error
@@ -72,26 +83,42 @@ def read_rows(path):
 def stream_rows(path, on_bad=None):
     """Yield ("file:line", row) from .jsonl, or ("file, item n", row) from one JSON list.
 
-    A .jsonl file is read one line at a time. A file that cannot be read, or a line that is no
-    JSON object, raises BadInput; with on_bad, the error of a line goes to on_bad(error).
+    A .jsonl file is read one line at a time; gzip is unpacked. A file that cannot be read, or a
+    line that is no JSON object, raises BadInput; with on_bad, a line's error goes to on_bad(error).
     """
     try:
         with open(path, "rb") as file:
-            lines = (decode(line, path, number) for number, line in enumerate(file, 1))
-            yield from parse_rows(lines, path, on_bad)
+            yield from parse_rows(read_lines(file, path), path, on_bad)
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}; give a .jsonl file or a JSON list") from error
+
+
+def read_lines(file, path):
+    """Yield the lines of a binary file, unpacked if it is gzip by its first bytes."""
+    first_bytes = file.peek(4)  # a pipe cannot be read twice
+    refuse(path, (first_bytes.startswith(b"PAR1"), PARQUET.format(path)))
+    file = gzip.open(file) if first_bytes.startswith(b"\x1f\x8b") else file
+    number = 1
+    try:
+        while line := file.readline(LONGEST_LINE + 1):
+            refuse(f"{path}:{number}", (len(line) > LONGEST_LINE, "a line of more than "
+                                        f"{LONGEST_LINE:,} bytes; give one JSON object per line"))
+            yield line
+            number += 1
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise BadInput(f"{path}:{number}: the gzip file is cut or damaged here; "
+                       "fetch or pack it again") from error
 
 
 def parse_rows(lines, path, on_bad=None):
     """Yield the rows of an iterable of lines, as stream_rows; messages call it `path`."""
     numbered = enumerate(lines, 1)
-    start, first = next((pair for pair in numbered if pair[1].strip()), (0, ""))
+    start, first = next((pair for pair in numbered if pair[1].removeprefix(BOM).strip()), (0, b""))
     refuse(path, (not first, "the file is empty; give one JSON object per line"))
-    is_list = first.lstrip().startswith("[")
+    is_list = first.removeprefix(BOM).lstrip().startswith(b"[")
     if is_list:
-        text = first + "".join(line for _, line in numbered)
-        items = enumerate(parse_json(text, path, start), 1)
+        content = first + b"".join(line for _, line in numbered)
+        items = enumerate(parse_json(content, path, start), 1)
     else:
         later = (pair for pair in numbered if pair[1].strip())
         items = itertools.chain([(start, first)], later)
@@ -99,8 +126,7 @@ def parse_rows(lines, path, on_bad=None):
         where = f"{path}, item {number}" if is_list else f"{path}:{number}"
         try:
             row = item if is_list else parse_json(item, path, number)
-            refuse(where, (not isinstance(row, dict),
-                           f"a row must be a JSON object, not a {type(row).__name__}; see data.py"))
+            check_object(row, where)
         except BadInput as error:
             if not on_bad:
                 raise
@@ -109,13 +135,33 @@ def parse_rows(lines, path, on_bad=None):
             yield where, row
 
 
-def parse_json(text, path, line):
-    """The JSON value of text that begins on a line of a file. BadInput names the faulty line."""
+def parse_json(content, path, line):
+    """The JSON value of bytes that begin on a line of a file. BadInput names the faulty line."""
+    text = decode(content, path, line)
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise BadInput(f"{path}:{line + error.lineno - 1}: not JSON ({error.msg}); "
                        "give whole JSON objects, one per line or in one list") from error
+    except RecursionError as error:
+        raise BadInput(f"{path}:{line}: brackets are nested too deep; take them out") from error
+    except ValueError as error:  # Python's own bound
+        raise BadInput(f"{path}:{line}: a number of more than {sys.get_int_max_str_digits()} "
+                       "digits; shorten it, or write it as text") from error
+
+
+def check_object(row, where):
+    """BadInput if a row is no JSON object, or cannot be written again as UTF-8."""
+    refuse(where, (not isinstance(row, dict),
+                   f"a row must be a JSON object, not a {type(row).__name__}; see data.py"))
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        escape = f"\\u{ord(error.object[error.start]):x}"
+        raise BadInput(f"{where}: {escape} without its other half is no character; replace it, "
+                       "or take the row out") from error
+    except RecursionError as error:
+        raise BadInput(f"{where}: brackets are nested too deep; take them out") from error
 
 
 @dataclass
@@ -123,6 +169,9 @@ class RowCounts:
     """How many rows a file has, how many pairs were cut, which rows were left out and why."""
     rows: int = 0
     truncated: int = 0
+    joined: int = 0  # prompts made of `instruction` and `input`
+    groups: int = 0  # values of `group`
+    unscored: list = field(default_factory=list)  # "file:line" without a key for both scores
     dropped: dict = field(default_factory=dict)  # reason -> ["file:line"]
 
     def drop(self, reason, where):
@@ -132,11 +181,13 @@ class RowCounts:
         return sum(map(len, self.dropped.values()))
 
     def lines(self):
-        """One sentence per reason, with the first rows it applies to."""
-        lines = [f"{self.truncated} pairs were cut to max_length"] if self.truncated else []
+        """One sentence per fact, with the first rows it applies to."""
+        counts = {"prompts are `instruction`, an empty line and `input`": self.joined,
+                  "values of `group`; the split keeps each on one side": self.groups,
+                  "pairs were cut to max_length": self.truncated}
+        lines = [f"{count} {what}" for what, count in counts.items() if count]
         for reason, names in self.dropped.items():
-            first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            lines.append(f"left out {len(names)} of {self.rows} rows, {reason}: {first}")
+            lines.append(f"left out {len(names)} of {self.rows} rows, {reason}: {few(names)}")
         return lines
 
     def report(self):
@@ -146,9 +197,16 @@ class RowCounts:
             warn(f"{self.dropped_count()} of {self.rows} rows were left out")
 
 
+def few(names):
+    """The first names of a list, as text."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def canonical(row):
-    """The row with our keys added where it uses others, and chat lists split at the answer."""
+    """The row with our keys added where it uses others, and chats split before the answer."""
     row = dict(row)
+    if has_input(row):
+        row["prompt"] = f"{row['instruction']}\n\n{row['input']}"
     for name, others in ALIASES.items():
         for other in others:
             if name not in row and other in row:
@@ -157,13 +215,56 @@ def canonical(row):
         for name in ("score_chosen", "score_rejected"):
             if name not in row and name in row["metadata"]:
                 row[name] = row["metadata"][name]
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if "prompt" not in row and is_transcript(chosen) and is_transcript(rejected):
+        (before, chosen), (other, rejected) = map(split_transcript, (chosen, rejected))
+        if before == other:
+            row |= {"prompt": before, "chosen": chosen, "rejected": rejected}
     # Many hub datasets repeat the prompt inside both answers: [user, assistant].
-    if is_chat(row.get("chosen")) and is_chat(row.get("rejected")):
-        before = row["chosen"][:-1]
-        if before and before == row["rejected"][:-1]:
-            row.setdefault("prompt", before)
-            row["chosen"], row["rejected"] = row["chosen"][-1:], row["rejected"][-1:]
+    elif is_chat(chosen) and is_chat(rejected) and chosen[:-1] == rejected[:-1] != []:
+        before = chosen[:-1]
+        if as_messages(row.get("prompt"))[-len(before):] != before:
+            row["prompt"] = before  # `prompt` is missing, or only a part
+        row["chosen"], row["rejected"] = chosen[-1:], rejected[-1:]
     return row
+
+
+def has_input(row):
+    """Whether the prompt of a row is Alpaca's `instruction` and the text of `input`."""
+    return "prompt" not in row and is_text(row.get("instruction")) and is_text(row.get("input"))
+
+
+TURN = re.compile(r"(?:^\s*|\n\n)(Human|Assistant):")
+
+
+def is_transcript(value):
+    """Whether a value is text in the form of hh-rlhf: "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
+    turns = TURN.findall(value) if isinstance(value, str) else []
+    return turns[:1] == ["Human"] and turns[-1] == "Assistant"
+
+
+def split_transcript(text):
+    """(chat messages, the last turn) of a transcript."""
+    _, *parts = TURN.split(text)  # a name, its text, the next name, ...
+    roles = ({"Human": "user", "Assistant": "assistant"}[name] for name in parts[::2])
+    *before, last = ({"role": role, "content": content.strip()}
+                     for role, content in zip(roles, parts[1::2]))
+    return before, last["content"]
+
+
+def families(items):
+    """A label for each item, a list of names. Items that share a name have the same label."""
+    parent = {}  # name -> a name of the same family; a root is its own parent
+
+    def root(name):
+        while parent.setdefault(name, name) != name:
+            parent[name] = name = parent[parent[name]]
+        return name
+
+    for first, *others in items:
+        for other in others:
+            parent[root(other)] = root(first)
+    return [root(first) for first, *_ in items]
 
 
 def is_text(value):
@@ -185,8 +286,19 @@ def as_messages(prompt):
 # --------------------------------------------------------------------------------- what is refused
 
 
+def check_input(row, where):
+    """BadInput if the prompt of a canonical row is an `instruction` without its `input`."""
+    instruction, given = row.get("instruction"), row.get("input")
+    both_text = isinstance(instruction, str) and isinstance(given, str)
+    refuse(where, (
+        instruction is not None and instruction == row.get("prompt")
+        and given not in (None, "") and not both_text,
+        "`instruction` and `input` cannot be joined; give both as text, or a `prompt`"))
+
+
 def check_prompt(row, where):
     """BadInput unless a row has a prompt that can be sent and, if any, a question of text."""
+    check_input(row, where)
     prompt = row.get("prompt")
     is_conversation = is_chat(prompt) and prompt[-1]["role"] == "user"
     refuse(
@@ -203,6 +315,10 @@ def check_pair(row, where, needs_scores):
     prompt is text or a list of messages, the answers are texts, a score is a float. A score is
     None if the row says null (asked for, but not given), or has none and needs_scores is false.
     """
+    check_input(row, where)
+    turn = isinstance(row.get("chosen"), str) and TURN.match(row["chosen"])
+    refuse(where, ("prompt" not in row and turn, "transcripts (Human: ... Assistant: ...) must be "
+                   "equal up to the last Assistant turn and end with it; cut them so"))
     for name in ("prompt", "chosen", "rejected"):
         value = row.get(name)
         refuse(
@@ -229,7 +345,7 @@ def check_pair(row, where, needs_scores):
             where,
             (needs_scores and name not in row,
              f"no `{name}`; this loss needs both scores: run reward.py, or use --loss dpo or sft"),
-            (score is not None and not (is_number and math.isfinite(score)),
+            (score is not None and not (is_number and abs(score) <= LARGEST_SCORE),
              f"`{name}` is {json.dumps(score)[:40]}; a score must be a finite number, or null"))
     return prompt, *answers, *(None if score is None else float(score) for score in scores)
 

@@ -1,4 +1,5 @@
 """Bad input: one line on stderr with place and remedy, exit code 2, nothing computed or lost."""
+import gzip
 import json
 import os
 import shutil
@@ -9,6 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, assert_one_line, tiny_model
 
+import data
+import infra.rows
 import train
 from infra.models import TOY_STUDENT, load_tokenizer
 
@@ -67,6 +70,104 @@ def test_bad_rows(run_train, tmp_path, write_rows, toy_tokenizer, capsys, case):
         out = capsys.readouterr().out
         assert "left out 1 of 1000 rows, bad row" in out and f"{path}:500" in out
         assert len(train_pairs) + len(val_pairs) == 999
+
+
+def line(**changes):
+    return json.dumps(ROW | changes)
+
+
+SYSTEM = {"role": "system", "content": "Be kind.<|end|>"}
+BAD_LINES = {  # row 20 of 40, as text or bytes
+    "half of a surrogate pair": (line(prompt="tea \ud800"), "\\ud800 without its other half"),
+    "the other half": (line(rejected="\udfff"), "\\udfff without"),
+    "half a pair in a message": (line(prompt=[USER | {"content": "\udbff"}]), "\\udbff without"),
+    "half a pair in an id": (line(id="\ud800"), "\\ud800 without"),
+    "half a pair in a key": (line(**{"\ud800": 1}), "\\ud800 without"),
+    "half a pair deep inside": (line(meta=[{"a": ["\ud800"]}]), "\\ud800 without"),
+    "a score of 401 digits": (line(score_chosen=10**400), "must be a finite number"),
+    "a negative score of 401 digits": (line(score_chosen=-10**400), "must be a finite number"),
+    "a score that float32 cannot hold": (line(score_chosen=1e39), "must be a finite number"),
+    "a number of 5,000 digits": (line(id=1).replace("1}", "1" * 5000 + "}"), "4300 digits"),
+    "100,000 brackets": (line(id=1).replace("1}", "[" * 10**5 + "]" * 10**5 + "}"), "too deep"),
+    "100,000 open brackets": ('{"a": ' + "[" * 10**5, "too deep"),
+    "100,000 braces": ('{"a": ' * 10**5 + "1" + "}" * 10**5, "too deep"),
+    "NaN": (line(score_chosen=float("nan")), "`score_chosen` is NaN; a score must be a finite"),
+    "-Infinity": (line(score_rejected=-float("inf")), "`score_rejected` is -Infinity; a score"),
+    "1e999": (line(score_chosen=1).replace("1,", "1e999,", 1), "must be a finite number"),
+    "not UTF-8": (line(prompt="caf\u00e9").encode().replace(rb"\u00e9", b"\xe9"), "not UTF-8"),
+    "NUL bytes": (b"\0" * 100, "not JSON"),
+    "a NUL in a text": (line(prompt="a").replace('"a"', '"\0"'), "not JSON"),
+    "an Alpaca input that is a list": (
+        line(instruction="Sum up.", input=[1]).replace('"prompt"', '"_"'), "cannot be joined"),
+    "control token in the prompt": (
+        line(prompt="<|user|>Tea?<|end|>"), "the prompt holds the control token <|"),
+    "control token in a system message": (
+        line(prompt=[SYSTEM, USER]), "the prompt holds the control token <|end|>"),
+    "transcripts of two conversations": (
+        line(chosen="\n\nHuman: a\n\nAssistant: b", rejected="\n\nHuman: b\n\nAssistant: b")
+        .replace('"prompt"', '"_"'), "equal up to the last Assistant turn"),
+    "a transcript that ends with a question": (
+        line(chosen="\n\nHuman: a\n\nAssistant: b\n\nHuman: c",
+             rejected="\n\nHuman: a\n\nAssistant: b").replace('"prompt"', '"_"'), "end with it"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_bad_lines(run_train, run_stage, tmp_path, toy_tokenizer, case):
+    bad, message = BAD_LINES[case]
+    lines = [json.dumps(row).encode() for row in rows_with(40)]
+    lines[19] = bad if isinstance(bad, bytes) else bad.encode()
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    assert_one_line(run_train("--data", path), f"{path}:20: ", message)
+    pairs, counts = data.load_pairs(path, toy_tokenizer, 1024, True, skip_bad_rows=True)
+    assert len(pairs) == 39 and counts.rows == 40
+    code, out, err = run_stage(data, path)
+    assert code == 0 and not err
+    assert f"train.py would stop at {path}:20: " in out and message in out
+    assert "1 such rows in all" in out
+
+
+GOOD = "".join(json.dumps(row) + "\n" for row in rows_with(40)).encode()
+BAD_FILES = {  # content, or the path of a file that is there
+    "null device": ("/dev/null", "file is empty"),
+    "a file that cannot be read": ("/proc/self/mem", "Input/output error; give a .jsonl file"),
+    "a file without an end": ("/dev/zero", ":1: a line of more than 1,000,000 bytes"),
+    "a gzip bomb": (gzip.compress(b"{" * 10**7), ":1: a line of more than 1,000,000 bytes"),
+    "empty gzip": (gzip.compress(b""), "file is empty"),
+    "cut gzip": (gzip.compress(os.urandom(10**5).hex().encode())[:-9], "cut or damaged"),
+    "gzip cut in its head": (gzip.compress(GOOD)[:5], "cut or damaged"),
+    "damaged gzip": (gzip.compress(GOOD, mtime=0)[:99] + b"\xff" * 999, "cut or damaged"),
+    "gzip with another file behind": (gzip.compress(GOOD) + b"text", ":41: the gzip file is cut"),
+    "gzip twice": (gzip.compress(gzip.compress(GOOD)), "not UTF-8"),
+    "Parquet": (b"PAR1\x15\x04\x15\xff" * 9, "python -c \"import pandas; pandas.read_parquet('"),
+    "UTF-16": (GOOD.decode().encode("utf-16"), ":1: not UTF-8"),
+    "UTF-16 of a list": (json.dumps([ROW]).encode("utf-16"), ":1: not UTF-8"),
+    "NULs": (b"\0" * 5000, "not JSON"),
+    "a list of a list": (b"[" * 10**5, ":1: brackets are nested too deep"),
+    "a text": (b"To be, or not to be\n", ":1: not JSON"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files(run_train, run_stage, tmp_path, monkeypatch, case):
+    monkeypatch.setattr(infra.rows, "LONGEST_LINE", 10**6)
+    path, message = BAD_FILES[case]
+    if isinstance(path, bytes):
+        (tmp_path / "rows.jsonl").write_bytes(path)
+        path = tmp_path / "rows.jsonl"
+    for result in (run_train("--data", path), run_train("--data", path, "--skip_bad_rows"),
+                   run_stage(data, path)):
+        assert_one_line(result, f"{path}", message)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.jsonl", "list.json"])
+def test_gzip_is_read_whatever_its_name(run_train, tmp_path, name):
+    content = json.dumps(rows_with(40)).encode() if name == "list.json" else GOOD
+    (tmp_path / name).write_bytes(gzip.compress(content))
+    code, out, err = run_train("--data", tmp_path / name, "--max_steps", 1)
+    assert code == 0, err
+    assert "36 pairs to train on, 4 for validation" in out
 
 
 def test_skip_bad_rows_trains_on_the_others(run_train, write_rows):

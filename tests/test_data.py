@@ -1,15 +1,19 @@
 """Rows, chat templates, truncation, splits and micro-batches."""
+import dataclasses
 import json
+import os
+import random
 
 import pytest
-from conftest import random_pairs
+from conftest import ROOT, random_pairs
 
 import data
 from data import (Pair, batch_tokens, collate, encode_pair, epoch_order, load_pairs, micro_batches,
                   split_train_val, truncate)
 from infra.command import BadInput
 from infra.models import load_tokenizer
-from infra.rows import RowCounts, canonical, check_pair, read_rows, stream_rows
+from infra.rows import (RowCounts, canonical, check_pair, check_prompt, families, read_rows,
+                        stream_rows)
 
 ROW = {"prompt": "Tell me about tea.", "chosen": "Tea is a drink.", "rejected": "No.",
        "score_chosen": 4, "score_rejected": 1.5}
@@ -87,6 +91,105 @@ def test_prompt_inside_both_answers():
     row = canonical({"chosen": before + [{"role": "assistant", "content": "good"}],
                      "rejected": before + [{"role": "assistant", "content": "bad"}]})
     assert check_pair(row, "x:1", False) == (before, "good", "bad", None, None)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+KIND = {"role": "system", "content": "Be kind."}
+
+
+@pytest.mark.parametrize("row, prompt", [
+    ({"instruction": "Sum up.", "input": "Tea is hot."}, "Sum up.\n\nTea is hot."),
+    ({"instruction": "Sum up.", "input": " Tea\n"}, "Sum up.\n\n Tea\n"),
+    ({"instruction": "Sum up.", "input": " \n"}, "Sum up."),
+    ({"instruction": "Sum up.", "input": ""}, "Sum up."),
+    ({"instruction": "Sum up.", "input": None}, "Sum up."),
+    ({"instruction": "Sum up."}, "Sum up."),
+    ({"prompt": "Ours.", "instruction": "Sum up.", "input": "Tea"}, "Ours."),
+    ({"prompt": "Ours.", "input": [1]}, "Ours."),
+    ({"instruction": "Sum up.", "input": 7}, "cannot be joined"),
+    ({"instruction": "Sum up.", "input": ["Tea"]}, "cannot be joined"),
+    ({"instruction": [user("Sum up.")], "input": "Tea"}, "cannot be joined"),
+], ids=str)
+def test_alpacas_input_follows_its_instruction(row, prompt):
+    row = canonical(row | {"output": "Tea.", "chosen": "good", "rejected": "bad"})
+    if prompt == "cannot be joined":
+        for check in (check_prompt, lambda *row: check_pair(*row, False)):
+            with pytest.raises(BadInput, match="x:1: `instruction` and `input` cannot be joined"):
+                check(row, "x:1")
+    else:
+        check_prompt(row, "x:1")
+        assert check_pair(row, "x:1", False)[:3] == (prompt, "good", "bad")
+        assert canonical(row) == row  # as the next stage reads it
+
+
+def test_joined_prompts_are_counted_and_tokenized(tokenizer, write_rows, run_stage):
+    tokenizer.chat_template = CHATML
+    alpaca = {"instruction": "Sum up.", "chosen": "Tea.", "rejected": "No."}
+    path = write_rows([alpaca | {"input": text} for text in ("Tea is hot.", "", "Tea is cold.")])
+    pairs, counts = load_pairs(path, tokenizer, 64, False)
+    assert "Sum up.\n\nTea is hot.<|im_end|>" in tokenizer.decode(pairs[0].prompt_ids)
+    assert "Sum up.<|im_end|>" in tokenizer.decode(pairs[1].prompt_ids)
+    line = "2 prompts are `instruction`, an empty line and `input`\n"
+    assert line[:-1] in counts.lines() and line in run_stage(data, path)[1]
+
+
+HH = "\n\nHuman: Tea?\n\nAssistant: Which?\n\nHuman: Green:\n\n1. hot\n\nAssistant:"
+TURNS = [user("Tea?"), assistant("Which?"), user("Green:\n\n1. hot")]
+
+
+@pytest.mark.parametrize("begin, end, expected", [
+    (HH, (" Yes.\n\nHere.", " No."), (TURNS, "Yes.\n\nHere.", "No.")),
+    (HH, ("Yes. ", "No.\n"), (TURNS, "Yes.", "No.")),
+    (HH.strip(), (" Yes.", " No."), (TURNS, "Yes.", "No.")),
+    (HH, (" Human: x\nAssistant: y", " No."), (TURNS, "Human: x\nAssistant: y", "No.")),
+    ("\n\nHuman: a\n\nHuman: b\n\nAssistant:", ("c", "d"), ([user("a"), user("b")], "c", "d")),
+    (HH, ("", "No."), "`chosen` is empty"),
+    (HH, ("Yes.\n\nHuman: Thanks", "No."), "must be equal up to the last Assistant turn"),
+    (HH, ("Yes.\n\nHuman: Why?\n\nAssistant: So.", "No."), "must be equal up to"),
+    ("\n\nHuman:\n\nAssistant:", ("Yes.", "No."), "`prompt` must hold messages"),
+    ("\n\nAssistant: hi\n\nAssistant:", ("Yes.", "No."), "must be equal up to"),
+    ("Tea, please. Assistant:", ("Yes.", "No."), "no `prompt`"),
+])
+def test_transcripts_of_hh_rlhf(begin, end, expected):
+    row = canonical({"chosen": begin + end[0], "rejected": begin + end[1]})
+    if isinstance(expected, str):
+        with pytest.raises(BadInput, match="x:1: .*" + expected):
+            check_pair(row, "x:1", False)
+    else:
+        assert check_pair(row, "x:1", False)[:3] == expected
+        assert canonical(row) == row
+
+
+def test_a_transcript_beside_a_prompt_is_left_alone():
+    row = {"prompt": "Write a play.", "chosen": HH + "Yes.", "rejected": "No."}
+    assert check_pair(canonical(row), "x:1", False)[1] == HH + "Yes."
+
+
+@pytest.mark.parametrize("prompt, before, expected", [
+    ("Tea?", [user("Tea?")], "Tea?"),  # ultrafeedback_binarized
+    (None, [user("Tea?")], [user("Tea?")]),
+    ("Tea?", [KIND, user("Tea?")], [KIND, user("Tea?")]),
+    ("Tea?", [user("Tea?"), assistant("Which?"), user("Green.")],
+     [user("Tea?"), assistant("Which?"), user("Green.")]),
+    ([KIND, user("Tea?")], [user("Tea?")], [KIND, user("Tea?")]),
+    ([KIND, user("Tea?")], [KIND, user("Tea?")], [KIND, user("Tea?")]),
+], ids=str)
+def test_binarised_ultrafeedback(tokenizer, prompt, before, expected):
+    """Both answers are whole conversations. What they answer is never shortened to `prompt`."""
+    row = {"prompt": prompt, "prompt_id": "a1b2", "chosen": before + [assistant("Yes.")],
+           "rejected": before + [assistant("No.")], "messages": before + [assistant("Yes.")],
+           "score_chosen": 8.5, "score_rejected": 7}
+    assert check_pair(canonical(row), "x:1", True) == (expected, "Yes.", "No.", 8.5, 7.0)
+    assert encode(tokenizer, row).gap == 1.5
+    if expected == "Tea?":
+        assert encode(tokenizer, row, template=None).prompt == "Tea?"
 
 
 def test_lines_and_lists_read_alike_and_name_their_rows(write_rows):
@@ -227,6 +330,39 @@ def test_control_token_in_an_answer_is_refused(tokenizer):
         encode(tokenizer, ROW | {"chosen": "Tea.<|im_end|>\n<|im_start|>user\nMore"})
 
 
+@pytest.mark.parametrize("prompt", [
+    "<|im_start|>user\nTea?<|im_end|>\n<|im_start|>assistant\n", "What does </s> mean?",
+    [user("Tea?"), assistant("Hi.<|im_end|>"), user("Tea?")],
+    [{"role": "system", "content": "<s>"}, user("Tea?")]])
+def test_control_token_in_a_prompt_is_refused(tokenizer, write_rows, prompt):
+    with pytest.raises(BadInput, match="rows.jsonl:1: the prompt holds the control token <.*>; "):
+        encode(tokenizer, ROW | {"prompt": prompt})
+    path = write_rows([ROW, ROW | {"prompt": prompt}])
+    assert load_pairs(path, tokenizer, 64, True, skip_bad_rows=True)[1].dropped_count() == 1
+
+
+def test_skip_bad_rows_leaves_out_what_the_template_refuses(tokenizer, write_rows):
+    tokenizer.chat_template = NO_SYSTEM.replace("no system role", "no system role\\nat all")
+    path = write_rows([ROW, ROW | {"prompt": [KIND, user("Tea?")]}])
+    with pytest.raises(BadInput, match=f"{path}:2: the chat template .* no system role at all$"):
+        load_pairs(path, tokenizer, 64, True)
+    assert len(load_pairs(path, tokenizer, 64, True, skip_bad_rows=True)[0]) == 1
+
+
+def test_no_warning_of_a_length_that_is_then_cut(tokenizer, write_rows, monkeypatch, caplog):
+    """transformers warns once per tokenizer, through its own logger."""
+    import logging
+    monkeypatch.setattr(tokenizer, "model_max_length", 32)
+    monkeypatch.setattr(tokenizer, "deprecation_warnings", {})
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tokenizer.chat_template = CHATML
+    path = write_rows([ROW | {"prompt": "tea " * 100}])
+    assert len(load_pairs(path, tokenizer, 96, True)[0][0].prompt_ids) < 96
+    assert "longer than the specified" not in caplog.text
+    tokenizer("tea " * 100)  # the warning is really there
+    assert "longer than the specified" in caplog.text
+
+
 def test_template_that_refuses_a_row_names_it(tokenizer):
     row = ROW | {"prompt": [{"role": "system", "content": "Be kind."},
                             {"role": "user", "content": "Tea?"}]}
@@ -254,7 +390,8 @@ def test_rows_without_a_response_token_are_dropped_by_name(tokenizer, write_rows
                        ROW | {"chosen": "same", "rejected": "same"}])
     pairs, counts = load_pairs(path, tokenizer, 64, True)
     assert len(pairs) == 1 and counts.truncated == 1
-    assert counts.dropped == {"no response token left after truncation": [f"{path}:2"],
+    assert counts.dropped == {"no response token left after truncation, --max_length is 64":
+                              [f"{path}:2"],
                               "chosen equals rejected": [f"{path}:3"]}
     with pytest.raises(BadInput, match="no row left .* --max_length is 3"):
         load_pairs(path, tokenizer, 3, True)
@@ -279,6 +416,68 @@ def test_no_prompt_is_on_both_sides_of_the_split():
     assert split_train_val(pairs, 0.1, seed=1)[1] != val
     assert len(split_train_val(pairs, 0.5, seed=0, at_most=4)[1]) == 3 * 4
     assert split_train_val(pairs[:3], 0.5, seed=0) == (pairs[:3], [])  # one prompt alone
+
+
+def sides(pairs):
+    """For several seeds, the set of validation pairs by the number of their line or name."""
+    for seed in range(20):
+        yield {pair.where.rpartition(":")[2] for pair in split_train_val(pairs, 0.3, seed)[1]}
+
+
+def test_siblings_stay_on_one_side_though_cut_differently(tokenizer, write_rows):
+    tokenizer.chat_template = CHATML
+    rows = [ROW | {"prompt": "tea " * 90 + str(i), "chosen": "x" * length}
+            for i in range(5) for length in (3, 40)]
+    pairs, counts = load_pairs(write_rows(rows), tokenizer, 100, True)
+    assert counts.truncated == 10 and pairs[0].prompt_ids != pairs[1].prompt_ids
+    for val in sides(pairs):
+        assert len(val) == 4
+        assert all((str(n) in val) == (str(n + 1) in val) for n in range(1, 10, 2))
+
+
+@pytest.mark.parametrize("groups, families_of_lines", [
+    (["a", "a", "b", "c", "b", None, None], ["12", "35", "4", "6", "7"]),
+    ([1, "1", {"x": 1, "y": 2}, {"y": 2, "x": 1}, None], ["1", "2", "34", "5"]),
+    ([None] * 4, ["1", "2", "3", "4"]),
+])
+def test_a_group_stays_on_one_side(tokenizer, write_rows, groups, families_of_lines):
+    tokenizer.chat_template = CHATML
+    rows = [ROW | {"prompt": f"tea {i}"} | ({"group": group} if i % 2 or group else {})
+            for i, group in enumerate(groups)]
+    path = write_rows(rows)
+    pairs, counts = load_pairs(path, tokenizer, 64, True)
+    seen = set()
+    for val in sides(pairs):
+        parts = [part for part in families_of_lines if part[0] in val]
+        assert sorted("".join(parts)) == sorted(val)  # whole families
+        assert len(parts) == -(-len(families_of_lines) * 3 // 10)
+        seen |= val
+    assert len(seen) == len(groups)
+    distinct = len({json.dumps(g, sort_keys=True) for g in groups} - {"null"})
+    assert ("values of `group`" in " ".join(counts.lines())) == bool(distinct)
+    assert counts.groups == distinct
+
+
+def test_the_split_of_known_rows_stays_as_it_was(toy_tokenizer):
+    """Recorded figures depend on it."""
+    pairs, _ = load_pairs(os.path.join(ROOT, "toy", "scored.jsonl"), toy_tokenizer, 1024, True)
+    _, val = split_train_val(pairs, 0.1, seed=0)
+    lines = [int(pair.where.rpartition(":")[2]) for pair in val]
+    assert len(lines) == 90 and lines[:5] == [9, 29, 35, 54, 74] and sum(lines) == 41080
+
+
+def test_families_against_merging_sets():
+    rng = random.Random(0)
+    for size in (1, 5, 40):
+        items = [rng.sample(range(3 * size), rng.randint(1, 3)) for _ in range(size)]
+        merged = [set(names) for names in items]
+        for _ in merged:  # each round joins whatever overlaps
+            merged = [set().union(*(other for other in merged if other & names))
+                      for names in merged]
+        labels = families(items)
+        for a in range(size):
+            for b in range(size):
+                assert (labels[a] == labels[b]) == (merged[a] == merged[b])
 
 
 @pytest.mark.parametrize("share_prefix", [False, True])
@@ -320,6 +519,52 @@ def test_report_command(write_rows, run_stage):
                        ROW | {"score_chosen": 0, "prompt": "\u001b[31mred"}])
     code, out, err = run_stage(data, path)
     assert code == 0, err
-    assert "4 rows, 3 usable pairs" in out and "chosen equals rejected" in out
+    assert "4 rows, 3 usable pairs, 1 of them to validate" in out
+    assert "chosen equals rejected" in out
     assert "1 ties, 1 inversions" in out and "token by token" in out
     assert "\033" not in out  # no colours in a file, and no control characters from a row
+
+
+UNSCORED = {name: ROW[name] for name in ("prompt", "chosen", "rejected")}
+
+
+@pytest.mark.parametrize("rows, said, not_said", [
+    ([ROW, ROW | {"prompt": "Hi"}], ["2 usable pairs, 1 of them"], ["would stop", "--skip_bad"]),
+    ([ROW, ROW], ["train.py would stop: one prompt alone"], ["such rows"]),
+    ([ROW, 5, {}] + [ROW | {"chosen": ""}] * 3, [
+        "train.py would stop at {path}:2: a row must be a JSON object",
+        "train.py would stop at {path}:3: no `prompt`", "train.py would stop at {path}:4: `chosen`",
+        "5 such rows in all: repair them, or leave them out by --skip_bad_rows"],
+     ["stop at {path}:5", "bad row"]),
+    ([ROW, UNSCORED, ROW | {"prompt": "Hi"}], [
+        "--loss rdpo, the default, or dsc train.py would stop at rows without two scores, 1 in all:"
+        " {path}:2"], ["stop at {path}", "no scores:"]),
+    ([UNSCORED] * 5, ["5 in all: {path}:1, {path}:2, {path}:3, ...", "no scores: --loss dpo"], []),
+    ([ROW, ROW | {"score_chosen": None, "prompt": "Hi"}, ROW | {"prompt": "Hm"}],
+     ["1 pairs have a `null` score: rdpo and dsc leave them out"], ["would stop"]),
+    ([ROW, ROW | {"prompt": "<|end|>", "score_chosen": None}],
+     ["train.py would stop at {path}:2: the prompt holds"], ["null"]),
+])
+def test_report_says_where_train_would_stop(write_rows, run_stage, run_train, rows, said, not_said):
+    path = write_rows(rows)
+    code, out, err = run_stage(data, path)
+    assert code == 0 and not err
+    stopped = run_train("--data", path, "--max_steps", 1)[2]
+    assert ("would stop" in out) == stopped.startswith("error: ")
+    for text in said:
+        assert text.format(path=path) in out
+    for text in not_said:
+        assert text.format(path=path) not in out
+
+
+def test_report_of_a_file_without_a_usable_row(write_rows, run_stage):
+    path = write_rows([{}, {}])
+    code, _, err = run_stage(data, path)
+    assert code == 2 and err.count("\n") == 1 and f"{path}:1: no `prompt`" in err
+    assert "max_length" not in err
+
+
+def test_huge_gaps_have_a_histogram(write_rows, run_stage):
+    path = write_rows([ROW | {"score_chosen": 1e38, "score_rejected": -1e38}, ROW, ROW])
+    code, out, err = run_stage(data, path)
+    assert code == 0 and "+2e+38" in out, err
