@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 
-from infra.command import BadInput, Parser, at_least, one_line, refuse, run, template_kwargs
+from infra.command import (BadInput, Parser, at_least, one_line, refuse, run,
+                           template_kwargs)
 from infra.fetch import make_prompts
 from infra.models import TOY_STUDENT, load_tokenizer
 from infra.report import show_report
 from infra.rows import (RowCounts, as_messages, canonical, check_pair, families, has_input, is_cut,
-                        stream_rows)
+                        judge_of, stream_rows)
 
 # ---------------------------------------------------------------------------------- text to tokens
 
@@ -81,8 +82,8 @@ def template_note(tokenizer, prompt):
     asked, rendered = before[same:], whole[same:].partition(answer)[0]
     if asked.strip() == rendered.strip():
         return ""
-    return (f"template: it writes {rendered!r} before a finished answer, and {asked!r} when it asks "
-            "for one; --template_kwargs may make both alike, see docs/pipeline.md")
+    return (f"template: it writes {rendered!r} before a finished answer, and {asked!r} when it "
+            "asks for one; --template_kwargs may make both alike, see docs/pipeline.md")
 
 
 @functools.cache
@@ -150,6 +151,9 @@ class Pair:
     score_chosen: float | None
     score_rejected: float | None
     group: str | None = None  # the row's `group` as JSON
+    behaviour: str = ""
+    judge: str = ""  # who gave the scores, "" if the row does not say
+    scale: float | None = None  # width of the judge's scale, None if the row does not say
 
     @property
     def names(self):
@@ -159,9 +163,12 @@ class Pair:
 
     @property
     def gap(self):
-        """score_chosen - score_rejected; nan if a score is missing."""
+        """score_chosen - score_rejected; nan if a score is missing.
+
+        A known scale is widened to 5 points, so that one temperature fits several judges.
+        """
         scores = self.score_chosen, self.score_rejected
-        return math.nan if None in scores else scores[0] - scores[1]
+        return math.nan if None in scores else (scores[0] - scores[1]) * 5 / (self.scale or 5)
 
 
 def load_pairs(path, tokenizer, max_length, needs_scores, skip_bad_rows=False):
@@ -225,7 +232,21 @@ def encode_pair(row, where, tokenizer, max_length, needs_scores, counts):
     if chosen_ids == rejected_ids:
         return counts.drop("chosen equals rejected after truncation", where)
     group = None if row.get("group") is None else json.dumps(row["group"], sort_keys=True)
-    return Pair(where, prompt, *cut, score_chosen, score_rejected, group)
+    return Pair(where, prompt, *cut, score_chosen, score_rejected, group, *judge_of(row, where))
+
+
+def check_judges(pairs):
+    """BadInput if several judges scored the pairs and one of them has no scale.
+
+    A gap of 1 then means different things, which no temperature makes up for.
+    """
+    of_judge = {(pair.judge, pair.scale): pair for pair in pairs if not math.isnan(pair.gap)}
+    for (judge, scale), pair in of_judge.items():
+        refuse(pair.where, (
+            scale is None and len(of_judge) > 1,
+            f"scored by {judge or 'an unnamed judge'} on an unknown scale, and other rows are "
+            'scored otherwise; add "judge": {"scale": [lowest, highest]} to its rows, or train on '
+            "one judge's rows at a time"))
 
 
 def split_train_val(pairs, share, seed, at_most=256):
@@ -391,6 +412,10 @@ def main(argv=None):
     scored = [pair for pair in pairs if not math.isnan(pair.gap)]
     _, held_out = split_train_val(scored or pairs, share=0.1, seed=0)  # as train.py by default
     show_report(args.file, pairs, len(held_out), counts, tokenizer)
+    try:
+        check_judges(pairs)
+    except BadInput as error:
+        print(f"\nwith --loss rdpo or dsc train.py would stop at {error}")
     note = template_note(tokenizer, pairs[0].prompt)
     if note:
         print("\n" + note)

@@ -20,10 +20,11 @@ import torch
 from tqdm import tqdm
 
 import infra.distributed as dist
-from data import (batch_tokens, collate, count_chosen, count_tokens, encode_prompt, epoch_order,
-                  load_pairs, longest_row, micro_batches, send, split_train_val, template_note)
+from data import (batch_tokens, check_judges, collate, count_chosen, count_tokens, encode_prompt,
+                  epoch_order, load_pairs, longest_row, micro_batches, send, split_train_val,
+                  template_note)
 from infra import checkpoint, models, selfcheck
-from infra.command import (Parser, above_0, at_least, between, number, refuse, run,
+from infra.command import (Parser, above_0, at_least, between, number, one_line, refuse, run,
                            template_kwargs, warn)
 from infra.generate import generate
 from infra.lora import add_lora, without_lora
@@ -129,6 +130,16 @@ def evaluate(policy, data, args):
     for indices in rank_batches(data.pairs, range(pair_count), data.share_prefix, args):
         sums += forward(policy, data, indices, args, pair_count, chosen_tokens)[1]
     return {f"eval/{name}": value for name, value in mean_metrics(sums, pair_count).items()}
+
+
+def by_behaviour(data):
+    """{behaviour: Dataset of its pairs}, {} if the rows do not name several."""
+    indices = {}
+    for i, pair in enumerate(data.pairs):
+        indices.setdefault(pair.behaviour, []).append(i)
+    return {behaviour: data._replace(pairs=[data.pairs[i] for i in own],
+                                     columns=data.columns[:, own])
+            for behaviour, own in indices.items() if len(indices) > 1}
 
 
 def policy_logps(policy, batch):
@@ -352,6 +363,8 @@ def train_student(args, device, dtype):
             dist.cleanup()
             raise SystemExit(128 + stop)
     progress.close()
+    for behaviour, part in by_behaviour(val).items():
+        print(table_line(one_line(behaviour), {}, evaluate(policy, part, args)))
 
     # Export: a Hugging Face folder that transformers, vLLM and llama.cpp load, or an adapter.
     answers_after = sample_answers(policy, tokenizer, samples.prompts, args)
@@ -390,11 +403,18 @@ def check_saved(val, trained, args):
 def load_train_val(args, tokenizer):
     """(training pairs, validation pairs) by the flags. Prints what was left out."""
     options = args.max_length, LOSSES[args.loss].needs_scores, args.skip_bad_rows
-    pairs, counts = load_pairs(args.data, tokenizer, *options)
-    counts.report()
+
+    def load(paths):
+        pairs = []
+        for path in paths:
+            more, counts = load_pairs(path, tokenizer, *options)
+            counts.report()
+            pairs += more
+        return pairs
+
+    pairs = load(args.data)
     if args.eval_data:
-        val_pairs, counts = load_pairs(args.eval_data, tokenizer, *options)
-        counts.report()
+        val_pairs = load(args.eval_data)
     else:
         pairs, val_pairs = split_train_val(pairs, args.eval_share, args.seed)
     note = template_note(tokenizer, pairs[0].prompt)
@@ -404,7 +424,9 @@ def load_train_val(args, tokenizer):
         accepted = [pair for pair in pairs if pair.gap > 0]
         print(f"dsc: {len(accepted)} of {len(pairs)} revisions scored above their originals")
         pairs = accepted
-    refuse(args.data, (not pairs or not val_pairs,
+    if LOSSES[args.loss].needs_scores:
+        check_judges(pairs + val_pairs)
+    refuse("--data", (not pairs or not val_pairs,
                        f"{len(pairs)} pairs to train on and {len(val_pairs)} for validation; "
                        "give more rows, or --eval_data"))
     if args.loss == "rdpo" and all(pair.gap == 0 for pair in pairs):
@@ -443,8 +465,8 @@ def get_args(argv=None):
     parser = Parser("Distil a student on scored pairs with the rDPO loss.")
     add = parser.add_argument
     # data
-    add("--data", required=True, help="scored rows, .jsonl or a JSON list")
-    add("--eval_data", help="validation rows (default: a share of the prompts of --data)")
+    add("--data", required=True, nargs="+", help="scored rows, .jsonl or a JSON list; any files")
+    add("--eval_data", nargs="+", help="validation rows (default: a share of the prompts)")
     add("--eval_share", type=share, default=0.1, help="that share, at most 256 prompts")
     add("--model", help="student: a folder or hub id (default: the bundled toy student)")
     add("--max_length", type=at_least(1), default=1024, help="tokens of prompt + one answer")

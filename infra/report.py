@@ -66,12 +66,18 @@ def show_report(path, pairs, held_out, counts, tokenizer):
         lengths = [len(getattr(pair, name + "_ids")) for pair in pairs]
         median = int(statistics.median(lengths))
         print(f"{name:9s} {min(lengths):7d} {median:7d} {max(lengths):7d}")
-    gaps = [pair.gap for pair in pairs if not math.isnan(pair.gap)]
-    print()
-    if gaps:
-        show_gaps(gaps, "scored pairs")
-    else:
-        print("no scores: --loss dpo and sft can use these rows, rdpo and dsc cannot")
+    of_judge = {}
+    for pair in pairs:
+        if not math.isnan(pair.gap):
+            what = f"pairs scored by {pair.judge}" if pair.judge else "scored pairs"
+            if pair.scale not in (None, 5):
+                what += f" (scale of {pair.scale:g} widened to 5)"
+            of_judge.setdefault(what, []).append(pair.gap)
+    for what, gaps in of_judge.items():
+        print()
+        show_gaps(gaps, what)
+    if not of_judge:
+        print("\nno scores: --loss dpo and sft can use these rows, rdpo and dsc cannot")
     pair = pairs[0]
     print(f"\none pair, token by token ({pair.where}); "
           "the loss counts the tokens of the two answers, not the prompt's")
@@ -100,10 +106,10 @@ def side_by_side(prompts, answers_of):
 def warn_of_overlap(folder, path, prompts):
     """Warn if prompts of the file `path` are in the data that a student was trained on."""
     args = os.path.join(folder, "args.json")
-    source = ""
+    sources = []
     if os.path.exists(args):
-        source = json.loads(read_text(args, "a run's args.json")).get("data", "")
-    if os.path.exists(source):
+        sources = json.loads(read_text(args, "a run's args.json")).get("data", [])
+    for source in filter(os.path.exists, [sources] if isinstance(sources, str) else sources):
         rows = stream_rows(source, on_bad=lambda error: None)
         seen = {json.dumps(as_messages(canonical(row).get("prompt"))) for _, row in rows}
         count = sum(json.dumps(as_messages(prompt)) in seen for prompt in prompts)

@@ -350,6 +350,20 @@ def check_pair(row, where, needs_scores):
     return prompt, *answers, *(None if score is None else float(score) for score in scores)
 
 
+def judge_of(row, where):
+    """(behaviour, judge, width of the judge's scale) of a scored row: "", "", None if not said."""
+    judge = row["judge"] if isinstance(row.get("judge"), dict) else {"model": row.get("judge")}
+    behaviour = row.get("behaviour") or judge.get("behaviour") or ""
+    named = [str(judge[key]) for key in ("model", "task", "endpoint") if judge.get(key)]
+    scale = judge.get("scale")
+    is_scale = isinstance(scale, list) and len(scale) == 2 and all(
+        type(end) in (int, float) and abs(end) <= LARGEST_SCORE for end in scale)
+    refuse(where, (scale is not None and not (is_scale and scale[0] < scale[1]),
+                   f"`judge.scale` is {json.dumps(scale)[:40]}; it must be [lowest, highest] "
+                   "score, or be left out"))
+    return str(behaviour), " ".join(named), scale and float(scale[1] - scale[0])
+
+
 def as_answer(value):
     """The text of an answer, given as text or as one assistant message; None if it is neither."""
     if isinstance(value, str):

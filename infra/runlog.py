@@ -28,8 +28,8 @@ def print_plan(args, policy, train_count, val_count, reference, first_step, tota
     temperature = f", T {args.temperature:g}" if args.loss == "rdpo" else ""
     start = f", from step {first_step}" if first_step else ""
     print(f"student: {name}\n"
-          f"data: {args.data}, {train_count} pairs to train on, {val_count} for validation; "
-          f"reference computed for {reference}\n"
+          f"data: {' '.join(args.data)}, {train_count} pairs to train on, {val_count} for "
+          f"validation; reference computed for {reference}\n"
           f"{args.loss}: {total_steps} steps of {args.batch_size} pairs on {where} in "
           f"{args.dtype}, learning rate {args.learning_rate:g}, beta {args.beta:g}"
           f"{temperature}{start}")
@@ -49,13 +49,16 @@ def print_grid(weights, dtype, args):
           f"{updates:{'.0f' if updates >= 10 else '.2g'}} updates at this learning rate")
 
 
-def table_line(step, metrics, val_metrics):
-    """One evaluation for a person: the last step's loss, then the validation pairs."""
+def table_line(label, metrics, val_metrics):
+    """One evaluation for a person: the last step's loss, then the validation pairs.
+
+    label is the step or, for a part of the pairs, its behaviour.
+    """
     value = {name.removeprefix("eval/"): number for name, number in val_metrics.items()}
-    loss = f"{metrics['loss']:7.4f}" if metrics else " " * 7
+    first = f"{label:6d} {metrics['loss']:7.4f}" if metrics else f"{label:>6}".ljust(14)
     agreement = (f"{value['rewards/score_agreement']:.2f}"
                  if "rewards/score_agreement" in value else "-")
-    return (f"{step:6d} {loss} | {value['loss']:16.4f}  {value['rewards/accuracies']:8.2f}  "
+    return (f"{first:.14s} | {value['loss']:16.4f}  {value['rewards/accuracies']:8.2f}  "
             f"{agreement:>18}  {value['rewards/margins']:+6.2f}  {value['logps/chosen']:11.1f}  "
             f"{value['logps/rejected']:8.1f}")
 

@@ -568,3 +568,56 @@ def test_huge_gaps_have_a_histogram(write_rows, run_stage):
     path = write_rows([ROW | {"score_chosen": 1e38, "score_rejected": -1e38}, ROW, ROW])
     code, out, err = run_stage(data, path)
     assert code == 0 and "+2e+38" in out, err
+
+
+# -------------------------------------------------------------------------------- judges and scales
+
+
+def judged(lowest=None, highest=None, **row):
+    judge = {"model": "m", "task": f"of {highest}"}
+    judge |= {} if lowest is None else {"scale": [lowest, highest]}
+    return ROW | {"judge": judge, "score_rejected": 0} | row
+
+
+@pytest.mark.parametrize("row, gap", [
+    (ROW, 2.5), (ROW | {"judge": "somebody"}, 2.5), (judged(score_chosen=3.25), 3.25),
+    (judged(0, 5, score_chosen=3.3), 3.3), (judged(0, 1, score_chosen=1), 5),
+    (judged(-5, 0, score_chosen=-4, score_rejected=-4.5), 0.5),
+    (judged(0, 100, score_chosen=20), 1), (judged(1.0, 10, score_chosen=0.9), 0.5)])
+def test_a_known_scale_counts_as_5_points_and_another_as_it_is(tokenizer, row, gap):
+    assert encode(tokenizer, row).gap == pytest.approx(gap, rel=1e-12)
+    assert encode(tokenizer, judged(0, 5, score_chosen=0.3)).gap == 0.3  # to the bit
+
+
+@pytest.mark.parametrize("scale", [5, [0], [0, "5"], [5, 0], [1, 1], [0, True], [0, 10**400], {}])
+def test_a_scale_that_is_none_is_refused(tokenizer, scale):
+    with pytest.raises(BadInput, match=r"rows.jsonl:1: `judge.scale` is .* must be \[lowest"):
+        encode(tokenizer, ROW | {"judge": {"scale": scale}})
+
+
+@pytest.mark.parametrize("rows, ok", [
+    ([judged(0, 5), judged(0, 1)], True), ([ROW, ROW], True), ([judged(), judged()], True),
+    ([judged(0, 5), ROW], False), ([judged(0, 1), judged()], False),
+    ([ROW | {"judge": "a"}, ROW | {"judge": "b"}], False), ([judged(0, 5), judged(0, 5)], True),
+    ([judged(0, 5), ROW | {"score_chosen": None}], True)])
+def test_judges_are_mixed_only_if_all_scales_are_known(tokenizer, rows, ok):
+    tokenizer.chat_template = CHATML
+    pairs = [encode_pair(canonical(row), f"f:{i}", tokenizer, 99, False, RowCounts())
+             for i, row in enumerate(rows)]
+    if ok:
+        data.check_judges(pairs)
+    else:
+        with pytest.raises(BadInput, match=r"f:[01]: scored by .* on an unknown scale"):
+            data.check_judges(pairs)
+
+
+def test_the_report_has_a_histogram_per_judge_and_says_if_they_do_not_mix(
+        toy_rows, write_rows, run_stage):
+    safety = [row | {"judge": {"model": "m", "scale": [0, 1]}, "score_rejected": 0,
+                     "score_chosen": 1} for row in toy_rows[:20]]
+    _, out, _ = run_stage(data, write_rows(toy_rows[20:60] + safety))
+    assert "of 40 pairs scored by toy d0e3c675f5f4b0a4:" in out
+    assert "of 20 pairs scored by m (scale of 1 widened to 5): 0 ties" in out
+    assert "unknown scale" not in out
+    _, out, _ = run_stage(data, write_rows(toy_rows[20:60] + [safety[0] | {"judge": "m"}]))
+    assert "train.py would stop at" in out and "scored by m on an unknown scale" in out

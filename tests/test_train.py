@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import eval as evaluation
 import rdpo
 import train
-from data import collate, count_chosen, longest_row, micro_batches
+from data import (collate, count_chosen, load_pairs, longest_row, micro_batches,
+                  split_train_val)
 from infra.command import BadInput
 from infra.models import TOY_STUDENT
 from infra.selfcheck import check_equal
@@ -257,6 +259,41 @@ def test_the_saved_student_is_asked_as_it_was_trained(
 @pytest.mark.parametrize("value", ["{", "[]", '{"a b": 1}', '{"a": {}}', '{"a": null}', "true"])
 def test_template_kwargs_that_cannot_be_right_are_one_line(run_train, value):
     assert_one_line(run_train("--data", "none", "--template_kwargs", value), "--template_kwargs")
+
+
+def test_several_files_judges_and_behaviours(run_train, tmp_path, toy_rows, write_rows):
+    """Scores of 0 and 1 beside scores of 0 to 5: equal gaps in points of 5 give equal targets."""
+    one, two = toy_rows[:60], toy_rows[60:120]
+    files = write_rows(one, "one.jsonl"), write_rows(two, "two.jsonl")
+    flags = ["--max_steps", 1, "--loss", "rdpo"]
+    assert run_train("--data", write_rows(one + two), *flags)[0] == 0
+    code, out, _ = run_train("--data", *files, *flags, "--out_dir", tmp_path / "several")
+    assert code == 0
+    assert same_weights(weights_of(tmp_path / "out"), weights_of(tmp_path / "several"))
+    # The last evaluation, once more for each behaviour: their losses add up to the whole.
+    lines = [line.split("|") for line in out.splitlines() if "|" in line][1:]
+    lines = [(first.strip(), float(rest.split()[0])) for first, rest in lines]
+    (_, whole), *parts = lines[[first[0] for first, _ in lines].index("1"):]
+    assert len(parts) > 1
+    pairs, _ = load_pairs(files[0], AutoTokenizer.from_pretrained(TOY_STUDENT), 1024, True)
+    more, _ = load_pairs(files[1], AutoTokenizer.from_pretrained(TOY_STUDENT), 1024, True)
+    _, val = split_train_val(pairs + more, 0.1, 0)
+    sizes = Counter(pair.behaviour for pair in val)
+    total = sum(loss * sizes[name] for name, loss in parts)
+    assert total / len(val) == pytest.approx(whole, abs=1e-4)
+
+    safety = [row | {"judge": {"model": "m", "scale": [0, 1]}, "score_chosen": 1,
+                     "score_rejected": 0} for row in two]
+    as_points = [row | {"score_chosen": 5, "score_rejected": 0} for row in two]
+    run_train("--data", files[0], write_rows(safety, "two.jsonl"), *flags, "--overwrite")
+    run_train("--data", files[0], write_rows(as_points, "two.jsonl"), *flags, "--out_dir",
+              tmp_path / "several", "--overwrite")
+    assert same_weights(weights_of(tmp_path / "out"), weights_of(tmp_path / "several"))
+    mixed = write_rows([row | {"judge": "m"} for row in safety], "two.jsonl")
+    assert_one_line(run_train("--data", files[0], mixed, *flags, "--overwrite"),
+                    "two.jsonl:1: scored by m on an unknown scale")
+    assert run_train("--data", files[0], mixed, "--max_steps", 1, "--loss", "dpo",
+                     "--overwrite")[0] == 0  # it does not use the scores
 
 
 def test_a_learning_rate_of_0_changes_no_weight(run_train, toy_rows, write_rows):

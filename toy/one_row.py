@@ -43,9 +43,9 @@ def main():
     show("3 critique", row["critique"])
     show("4 chosen", row["chosen"])
     s_r, s_o = pair.score_chosen, pair.score_rejected
-    tau = preference_probability(torch.tensor([s_r]), torch.tensor([s_o]), TEMPERATURE)
-    show("5 scores", f"rejected {s_o:g}, chosen {s_r:g}, "
-         f"so tau = sigmoid(({s_r:g} - {s_o:g}) / {TEMPERATURE:g}) = {tau.item():.3f}")
+    tau = preference_probability(torch.tensor([pair.gap]), 0.0, TEMPERATURE)
+    show("5 scores", f"rejected {s_o:g}, chosen {s_r:g}: a gap of {pair.gap:g} of 5 points, "
+         f"so tau = sigmoid({pair.gap:g} / {TEMPERATURE:g}) = {tau.item():.3f}")
     tokens = "|".join(printable_tokens(tokenizer, pair.chosen_ids))
     show("6 tokens", f"{len(pair.prompt_ids)} of the prompt; {len(pair.rejected_ids)} of rejected; "
          f"{len(pair.chosen_ids)} of chosen: {tokens}")
