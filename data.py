@@ -240,7 +240,8 @@ def check_judges(pairs):
 
     A gap of 1 then means different things, which no temperature makes up for.
     """
-    of_judge = {(pair.judge, pair.scale): pair for pair in pairs if not math.isnan(pair.gap)}
+    of_judge = {(pair.judge, pair.scale): pair for pair in reversed(pairs)
+                if not math.isnan(pair.gap)}  # the first pair of each
     for (judge, scale), pair in of_judge.items():
         refuse(pair.where, (
             scale is None and len(of_judge) > 1,

@@ -412,10 +412,10 @@ def load_train_val(args, tokenizer):
             pairs += more
         return pairs
 
-    pairs = load(args.data)
-    if args.eval_data:
-        val_pairs = load(args.eval_data)
-    else:
+    pairs, val_pairs = load(args.data), load(args.eval_data or [])
+    if LOSSES[args.loss].needs_scores:
+        check_judges(pairs + val_pairs)
+    if not args.eval_data:
         pairs, val_pairs = split_train_val(pairs, args.eval_share, args.seed)
     note = template_note(tokenizer, pairs[0].prompt)
     if note:
@@ -424,8 +424,6 @@ def load_train_val(args, tokenizer):
         accepted = [pair for pair in pairs if pair.gap > 0]
         print(f"dsc: {len(accepted)} of {len(pairs)} revisions scored above their originals")
         pairs = accepted
-    if LOSSES[args.loss].needs_scores:
-        check_judges(pairs + val_pairs)
     refuse("--data", (not pairs or not val_pairs,
                        f"{len(pairs)} pairs to train on and {len(val_pairs)} for validation; "
                        "give more rows, or --eval_data"))

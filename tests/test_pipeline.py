@@ -147,6 +147,7 @@ import sys, time, xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path, params.hostnames, params.port = sys.argv[1], ["127.0.0.1"], 0
 params.n_ctx, params.n_parallel = 4096, 2
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # its threads wait busily
 params.api_keys = ["made-up-key"]
 server = xllamacpp.Server(params)
 print("ready", server.listening_address, flush=True)
