@@ -17,11 +17,13 @@ A reply without a verdict is asked for again at temperature 0.7, because at 0 it
 --verdict_retries the score is null. To judge a row again, remove its line from --out.
 """
 import dataclasses
+import math
 import os
 import re
 import statistics
 import sys
 import unicodedata
+from collections import Counter
 
 from infra.client import Client, add_stage_flags, chat, split_thinking
 from infra.command import Parser, at_least, printable, run
@@ -101,6 +103,27 @@ def score_range(judge):
     return [min(scores), max(scores)]
 
 
+def graded_score(logprobs, verdict, judge, score_of):
+    """The expected score under the judge's own probabilities of the verdict's digit, or None.
+
+    A judge writes whole numbers, so many pairs tie; but where it wrote 4 it may have given 5 the
+    probability 0.3. logprobs are a Reply's. None if the server gives none, if the scale needs more
+    than one digit, and if another digit than the verdict's was the most probable.
+    """
+    text, weights = "", Counter()
+    for token, others in logprobs if 0 <= judge.lowest and judge.highest <= 9 else ():
+        text += token
+        if re.search("[0-9]", token) and parse_verdict(text, judge) == verdict:
+            for other, logprob in others.items():
+                if re.fullmatch("[0-9]", digit := other.strip()):
+                    if judge.lowest <= int(digit) <= judge.highest:
+                        weights[int(digit)] += math.exp(logprob)
+            break
+    if not weights or max(weights, key=weights.get) != verdict:
+        return None
+    return sum(p * score_of(digit) for digit, p in weights.items()) / weights.total()
+
+
 # ----------------------------------------------------------------------------- an LLM as the judge
 
 
@@ -134,7 +157,7 @@ def ask(client, judge, args, template, texts, score_of):
             reply = chat(client, messages, args.model, args.max_tokens,
                          temperature=0 if greedy else 0.7,
                          seed=None if greedy else sample + args.samples * retry,
-                         response_format=form)
+                         response_format=form, logprobs=True, top_logprobs=10)
             verdict = parse_verdict(reply.text, judge, reply.finish)
             attempt = {"verdict": verdict, "finish": reply.finish,
                        "reply": reply.text or reply.problem}
@@ -144,6 +167,10 @@ def ask(client, judge, args, template, texts, score_of):
                 attempt["temperature"] = "the server's default"
             attempts.append(attempt)
             score = None if verdict is None else score_of(verdict)
+            graded = None if score is None else graded_score(
+                reply.logprobs, verdict, judge, score_of)
+            if graded is not None:
+                score = attempt["graded"] = graded
             if score is not None:
                 scores.append(score)
                 break

@@ -37,12 +37,14 @@ class Reply:
     tokens: int
     thinking: str  # what the model wrote before the answer, "" if nothing
     problem: str  # why there is no answer and what to do, "" if there is one
+    logprobs: list  # [(token, {a token in its place: its log-probability})], [] if not given
 
 
-def chat(client, messages, model, max_tokens, temperature, seed=None, response_format=None):
+def chat(client, messages, model, max_tokens, temperature, **others):
     """The model's Reply to messages. Raises the errors of Client.post.
 
-    A reply without text is asked for again if the next one may have some.
+    others are parameters of the protocol, such as seed; None is not sent. A reply without text is
+    asked for again if the next one may have some.
     """
     def read(answer):
         choice, usage = answer["choices"][0], answer.get("usage") or {}
@@ -57,13 +59,22 @@ def chat(client, messages, model, max_tokens, temperature, seed=None, response_f
         client.count(tokens_in=usage.get("prompt_tokens") or 0, tokens_out=tokens, cut=cut,
                      unfinished=not cut and finish not in FINISHED, thinking=bool(thinking))
         problem = "" if text.strip() else no_text(message, finish, thinking and content)
-        return Reply(text, finish, tokens, thinking, problem)
+        return Reply(text, finish, tokens, thinking, problem, token_logprobs(choice))
 
     body = {"model": model, "messages": messages,
             "max_tokens": max_tokens, "temperature": temperature}
-    body |= {"seed": seed} if seed is not None else {}
-    body |= {"response_format": response_format} if response_format else {}
+    body |= {name: value for name, value in others.items() if value is not None}
     return client.post(f"{client.base_url}/chat/completions", body, read)
+
+
+def token_logprobs(choice):
+    """Reply.logprobs of a choice. Other forms than OpenAI's count as none."""
+    try:
+        return [(item["token"], {other["token"]: float(other["logprob"])
+                                 for other in item["top_logprobs"]})
+                for item in choice["logprobs"]["content"]]
+    except (LookupError, TypeError, ValueError):
+        return []
 
 
 def no_text(message, finish, unclosed_thinking):
@@ -101,8 +112,11 @@ def split_thinking(text):
 
 # ------------------------------------------------------------------------------------ the exchange
 
-# Request parameters that some models refuse -> the name that they take instead, or None.
-INSTEAD = {"max_tokens": "max_completion_tokens", "temperature": None, "response_format": None}
+# What a refusal may name -> {parameter of the request: the name that is taken instead, or None}
+INSTEAD = {"max_tokens": {"max_tokens": "max_completion_tokens"},
+           "temperature": {"temperature": None},
+           "response_format|json_schema": {"response_format": None},
+           "logprobs|top_logprobs": {"logprobs": None, "top_logprobs": None}}
 REFUSED = re.compile("unsupported|not support|deprecat|instead|unavailable|unrecogni[sz]ed|"
                      "not permitted|may only|only the default|must be one of", re.IGNORECASE)
 
@@ -166,7 +180,7 @@ class Client:
         self.key, self.secret = key, secret_pattern(key)
         self.timeout, self.retries = args.timeout, args.retries
         self.threads, self.lock, self.counts = PerThread(), threading.Lock(), Counter()
-        self.refused = set()  # the parameters of INSTEAD that this server does not take
+        self.refused = {}  # parameters that this server does not take, as in INSTEAD
 
     def count(self, **numbers):
         with self.lock:
@@ -271,7 +285,7 @@ class Client:
 
     def adapted(self, body):
         """The request body with the parameters that this server takes."""
-        names = {name: INSTEAD[name] if name in self.refused else name for name in body}
+        names = {name: self.refused.get(name, name) for name in body}
         return {names[name]: value for name, value in body.items() if names[name]}
 
     def learn_from(self, reply, sent):
@@ -279,16 +293,16 @@ class Client:
         error = reply.get("error") if isinstance(reply, dict) else None
         named = error.get("param") if isinstance(error, dict) else None
         message = server_message(reply)
-        for name in INSTEAD:
-            words = "response_format|json_schema" if name == "response_format" else name
-            said = named == name or re.search(rf"\b(?:{words})\b", message)
-            if name in sent and said and REFUSED.search(message):
+        for words, names in INSTEAD.items():
+            said = re.search(rf"\b(?:{words})\b", f"{named} {message}")
+            if names.keys() & sent.keys() and said and REFUSED.search(message):
                 with self.lock:
-                    is_new = name not in self.refused
-                    self.refused.add(name)
+                    is_new = not names.keys() <= self.refused.keys()
+                    self.refused |= names
                 if is_new:
-                    how = f"sent as {INSTEAD[name]}" if INSTEAD[name] else "left out"
-                    warn(f"the server does not take `{name}`, now {how}: {message}")
+                    how = ", ".join(f"sent as {new}" if new else "left out"
+                                    for new in dict.fromkeys(names.values()))
+                    warn(f"the server does not take `{'`, `'.join(names)}`, now {how}: {message}")
                 return True
         return False
 

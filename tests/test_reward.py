@@ -1,5 +1,7 @@
 """Stage 2: the verdict in a reply, scores from verdicts, and the four kinds of reward models."""
 import json
+import math
+import re
 from http.server import ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -7,6 +9,7 @@ import pytest
 from conftest import ROOT, Scripted, assert_one_line, read_lines, says
 
 import reward
+from infra.client import token_logprobs
 
 TASK = f"{ROOT}/toy/task.toml"
 
@@ -280,3 +283,79 @@ def test_score_range(lowest, highest, good, wanted):
     judge = SimpleNamespace(lowest=lowest, highest=highest, good=good)
     scores = [reward.better(verdict, good) for verdict in range(lowest, highest + 1)]
     assert reward.score_range(judge) == [min(scores), max(scores)] == wanted
+
+
+# ----------------------------------------------------------------------------------- graded scores
+
+FIVE = SimpleNamespace(verdict="Final score:", lowest=0, highest=5, good="high")
+
+
+def tokens(text, place=None, **others):
+    """Log-probabilities in a Reply's form: a token per word, at `place` also others (digit=p)."""
+    words = re.findall(r"\s*\S+", text)
+    return [(word, {name.strip("_"): math.log(p) for name, p in others.items()}
+             if i == place else {word: 0.0}) for i, word in enumerate(words)]
+
+
+@pytest.mark.parametrize("text, place, others, verdict, wanted", [
+    ("Good. Final score: 4", 3, dict(_4=0.6, _5=0.3, _1=0.1), 4, 0.6 * 4 + 0.3 * 5 + 0.1),
+    ("Final score: 4 because 3 of 5", 2, dict(_4=0.5, _3=0.25), 4, (2 + 0.75) / 0.75),
+    ("3 faults. Final score: 4", 4, dict(_4=0.5, _3=0.5, four=0.7, _9=0.9), 4, 3.5),
+    ("Final score: 4", 2, dict(_4=0.3, _5=0.6), 4, None),  # another digit was more probable
+    ("Final score: 4.5", 2, dict(_4=0.6, _5=0.3), 4.5, None),  # not one digit
+    ("Final score: 4", None, {}, 4, 4.0)])
+def test_a_graded_score_is_the_expectation_at_the_place_of_the_verdict(
+        text, place, others, verdict, wanted):
+    assert reward.parse_verdict(text, FIVE) == verdict
+    for good, sign in (("high", 1), ("low", -1), ("zero", -1)):
+        graded = reward.graded_score(tokens(text, place, **others), verdict, FIVE,
+                                     lambda digit: reward.better(digit, good))
+        assert graded == (None if wanted is None else pytest.approx(sign * wanted))
+
+
+@pytest.mark.parametrize("lowest, highest", [(-5, 5), (0, 10)])
+def test_scales_of_more_than_one_digit_are_not_graded(lowest, highest):
+    judge = SimpleNamespace(**vars(FIVE) | {"lowest": lowest, "highest": highest})
+    assert reward.graded_score(tokens("Final score: 4", 2, _4=1.0), 4, judge, float) is None
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_rows_keep_verdict_and_graded_score_at_no_extra_request(
+        refused, serve, run_stage, write_rows, tmp_path):
+    class Judge(Scripted):
+        def send_response(self, code):
+            last = self.server.requests[-1]
+            super().send_response(400 if refused and "logprobs" in last else code)
+
+    def script(path, request):
+        if refused and "logprobs" in request:
+            return {"error": {"message": "This model does not support `logprobs`."}}
+        reply = says("Final score: 4")
+        if "logprobs" in request:
+            digits = [{"token": "4", "logprob": math.log(0.75)},
+                      {"token": "5", "logprob": math.log(0.25)}]
+            reply["choices"][0]["logprobs"] = {"content": [
+                {"token": "Final score:", "logprob": 0, "top_logprobs": []},
+                {"token": " ", "logprob": 0, "top_logprobs": []},
+                {"token": "4", "logprob": -0.29, "top_logprobs": digits}]}
+        return reply
+
+    server = serve(ThreadingHTTPServer(("127.0.0.1", 0), Judge))
+    server.script, server.requests = script, []
+    out = tmp_path / "out"
+    code, _, err = run_stage(reward, *flags(server, write_rows(ROWS[:3]), out, task=TASK,
+                                            concurrency=1))
+    assert code == 0 and len(server.requests) == 6 + refused
+    assert err.count("does not take `logprobs`, `top_logprobs`, now left out") == refused
+    for row in read_lines(out):
+        (attempt,) = row["judge"]["chosen"]
+        assert attempt["verdict"] == 4.0
+        assert row["score_chosen"] == pytest.approx(4 if refused else 4.25, abs=1e-6)
+        assert ("graded" in attempt) == (not refused)
+
+
+@pytest.mark.parametrize("logprobs", [
+    None, [], {}, {"content": None}, {"content": [{"token": "4"}]}, {"tokens": ["4"]}, "4",
+    {"content": [{"token": "4", "top_logprobs": [{"token": "4", "logprob": None}]}]}])
+def test_log_probabilities_in_another_form_count_as_none(logprobs):
+    assert token_logprobs({"logprobs": logprobs}) == token_logprobs({}) == []

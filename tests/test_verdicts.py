@@ -233,9 +233,9 @@ def test_a_reply_that_is_not_finished_has_no_verdict(finish, wanted):
     "Final score: " + "(" * 10**6 + "4", "Final score: " + "4" * 10**6, "<think>" * 10**5,
     "Final score: 4" + " " * 10**6 + "/", "\"score\":" * 10**5, "{" * 10**6, "\u00bd" * 10**6])
 def test_time_is_linear_in_the_text(text):
-    start = time.perf_counter()
+    start = time.thread_time()
     parse_verdict(text, FIVE)
-    assert time.perf_counter() - start < 1, text[:40]
+    assert time.thread_time() - start < 1, text[:40]
 
 
 def test_texts_that_were_held_back():
