@@ -134,6 +134,7 @@ BAD_FILES = {  # content, or the path of a file that is there
     "a file that cannot be read": ("/proc/self/mem", "Input/output error; give a .jsonl file"),
     "a file without an end": ("/dev/zero", ":1: a line of more than 1,000,000 bytes"),
     "a gzip bomb": (gzip.compress(b"{" * 10**7), ":1: a line of more than 1,000,000 bytes"),
+    "a byte-order mark alone": (b"\xef\xbb\xbf\n", "file is empty"),
     "empty gzip": (gzip.compress(b""), "file is empty"),
     "cut gzip": (gzip.compress(os.urandom(10**5).hex().encode())[:-9], "cut or damaged"),
     "gzip cut in its head": (gzip.compress(GOOD)[:5], "cut or damaged"),
