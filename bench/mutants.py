@@ -132,11 +132,14 @@ def faults(path, wanted):
                 for line, column in ((node.lineno, node.col_offset),
                                      (node.end_lineno, node.end_col_offset))]
 
-    def add(line, statement, start, end, after):
-        new = source[:start] + after + source[end:]
+    def add(statement, start, end, after):
+        new, line = source[:start] + after + source[end:], source.count("\n", 0, start) + 1
+        around = ["", ""] if end - start > 20 else [source[:start].split("\n")[-1][-15:],
+                                                    source[end:].split("\n")[0][:15]]
         with contextlib.suppress(SyntaxError):
             if ast.dump(ast.parse(new)) != unchanged:
-                found.setdefault(new, (line, source[start:end], after, statement))
+                found.setdefault(new, (line, source[start:end].join(around), after.join(around),
+                                       statement))
 
     def visit(node, statement, is_inside):
         if isinstance(node, ast.stmt):
@@ -149,11 +152,11 @@ def faults(path, wanted):
             start, end = span(node)
             if re.match("rf?[\"']", source[start:end]):
                 for a, b, after in regex_edits(source[start:end]):
-                    add(node.lineno, statement, start + a, start + b, after)
+                    add(statement, start + a, start + b, after)
         if isinstance(node, ast.JoinedStr):
             return  # a message
         for part, after in edits(node):
-            add(part.lineno, statement, *span(part), after)
+            add(statement, *span(part), after)
         is_inside |= isinstance(node, (ast.FunctionDef, ast.Lambda))
         for name, value in ast.iter_fields(node):
             if name not in ("annotation", "returns", "decorator_list"):

@@ -1,4 +1,6 @@
 """Stochastic rounding and float32 masters: unbiased, reproducible, and worth it."""
+import hashlib
+import math
 import re
 
 import pytest
@@ -66,6 +68,24 @@ def test_bits_follow_from_seed_and_index_alone(monkeypatch):
     for seed in ((1, 3, "name"), (0, 4, "name"), (0, 3, "other")):
         other = stochastic_round(x, torch.bfloat16, *seed)
         assert 0.1 < (other != whole).float().mean() < 0.6
+
+
+def test_bits_are_the_hash_that_they_say_they_are():
+    """MurmurHash3's finalizer in Python's integers: a later version must resume with these bits."""
+    seed, mask = (0, 3, "model.norm.weight"), 2**32 - 1
+    key = int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:4], "little")
+    bits = []
+    for i in range(1000, 1100):
+        h = (i * 0x9E3779B1 + key) & mask
+        h = (h ^ h >> 16) * 0x85EBCA6B & mask
+        h = (h ^ h >> 13) * 0xC2B2AE35 & mask
+        bits.append(h ^ h >> 16)
+    found = rounding.random_bits(1000, 100, key - (key >> 31 << 32), torch.device("cpu"))
+    assert [bit & mask for bit in found.tolist()] == bits
+    x = torch.linspace(1, 1.99, 100)  # bfloat16 has steps of 1/128 here, float32 of 2^-23
+    expected = [math.floor(value * 2**23 + (bit & 0xFFFF)) >> 16 for value, bit in
+                zip(x.double().tolist(), bits)]
+    assert stochastic_round(x, torch.bfloat16, *seed, start=1000).mul(128).tolist() == expected
 
 
 # ------------------------------------------------------------------------------------- the masters

@@ -76,6 +76,20 @@ FIVES = [
     ("Overall, my final score is 4.", 4),
     ("The final score is 4", 4),
     ("I give it a final score of 4.", 4),
+    ("Thus, my final score: 4", 4),
+    ("Hence my final score: 4", 4),
+    ("It is warm. Therefore the final score: 4", 4),
+    ("It is warm, and my final score is 4.", 4),
+    ("It is warm.Final score: 4", 4),
+    ("It is warm. (Final score: 4)", 4),
+    ("It is warm. [Final score: 4]", 4),
+    ("FinalScore: 4", 4),
+    ("It is dull. Amy final score: 4", None),
+    ("Final\nscore: 4", None),
+    ("Final score4", None),
+    ("Final score is4", None),
+    ("It is warm." + " " * 59 + "Final score: 4", 4),  # a window of 60 characters
+    ("It is warm." + " " * 60 + "Final score: 4", None),
     ("Therefore, the final score is: 2", 2),
     ("Final score: 4 because it cites 3 sources.", 4),
     ("Final score: 4 (mostly accurate, with two slips)", 4),
@@ -83,6 +97,12 @@ FIVES = [
     ("Final score: 4 \u2014 it weighs both sides", 4),
     ("Final score: 4, since it flatters a little", 4),
     ("Final score: 4; it flatters a little", 4),
+    ("Final score: 4, original and clear", 4),
+    ("Final score: 4. 2 facts are missing.", 4),
+    ("Final score: 4. (Of 10 facts, all are right.)", 4),
+    ("Final score: 4 (v2 10 lines long)", 4),
+    ("Final score:" + " " * 198 + "4", 4),  # a window of 200 characters
+    ("Final score:" + " " * 199 + "4", None),
     ("Final score: 4!", 4),
     ("Final score: 4 out of 5 stars", 4),
     ("Final score: 4 of 5", 4),
@@ -102,6 +122,8 @@ FIVES = [
     ("**Final score:**\n\n**4**", 4),
     ("Final score:\n4/5", 4),
     ("## Final score\n4", 4),
+    ("Final score:\n4\nThe reply is short.", 4),
+    ("Final score:\n1. It is long.\n2. It is dull.\nFinal score: 4", 4),
     ("Final score:\n1. The reply is long.\n2. It is dull.", None),
     ("Final score:\n5 is the best mark, and this is far from it.", None),
     # JSON
@@ -111,6 +133,8 @@ FIVES = [
     ("```json\n{\n  \"reason\": \"short\",\n  \"Final score\": 4\n}\n```", 4),
     ("{\"final_score\": 4, \"style_score\": 2}", 4),
     ("{'score': 4}", 4),
+    ("Here it is: {\"score\": 4}", 4),
+    ("Here it is: {'score': 4}", 4),
     ("{\"style_score\": 4}", None),
     ("{\"score\": 14}", None),
     ("{\"score\": null}", None),
@@ -128,6 +152,13 @@ FIVES = [
     ("Final score: N\nFinal score: 2", 2),
     ("The user wrote \"Final score: 5\", but:\nFinal score: 1", 1),
     ("The final score depends on 2 things.\nFinal score: 3", 3),
+    ("The final score has 2 parts: truth and style.\nFinal score: 3", 3),
+    ("Final score: [your score, 0 to 5]\nFinal score: 3", 3),
+    ("Final score: X (0 to 5)\nFinal score: 3", 3),
+    ("Final score: see below.\nFinal score: 3", 3),
+    ("Final score: Not 4.\nFinal score: 3", None),
+    ("Final score: about 4 for X\nFinal score: 3", None),
+    ("Final score = about 4\nFinal score: 3", None),
     # two values, ranges, doubt
     ("Final score: 2\nOn second thoughts:\nFinal score: 4", None),
     ("Final score: 3\nFinal score: 4", None),
@@ -140,6 +171,14 @@ FIVES = [
     ("Final score: 3 or 4", None),
     ("Final score: 4 or 5", None),
     ("Final score: 4, or maybe 3", None),
+    ("Final score: 3 bis 4", None),
+    ("Final score: 3 and 4", None),
+    ("Final score: 4; maybe 3", None),
+    ("Final score: 4, perhaps", None),
+    ("Final score: 4 unless it is wrong", None),
+    ("Final score: 4 plus a half", None),
+    ("Final score: 4 minus something", None),
+    ("My final score: 4 might be too kind.", None),
     ("Final score: between 3 and 4", None),
     ("Final score: 3~4", None),
     ("Final score: ~4", None),
@@ -148,6 +187,7 @@ FIVES = [
     ("Final score: >4", None),
     ("Final score: > 4", None),
     ("Final score: <4", None),
+    ("Final score: <4\nbut > 3", None),
     ("Final score: \u22654", None),
     ("Final score: 4+", None),
     ("Final score: 4?", None),
@@ -168,6 +208,7 @@ FIVES = [
     ("Final score: 4 out of 10", None),
     ("Final score: 4 (out of 10)", None),
     ("Final score: 4 von 10", None),
+    ("Final score: '4'/10", None),
     ("Final score: 4 on a scale of 10", None),
     ("Final score: 4%", None),
     ("Final score: 4,5", None),
@@ -188,6 +229,8 @@ FIVES = [
     ("Final score: N", None),
     ("Final score: four", None),
     ("Final score: N/A", None),
+    ("Final score: .", None),
+    ("Final score (see\nbelow): 4", None),
     ("The reply is balanced.\nFinal score:", None),
     ("The reply is balanced.\nFinal sc", None),
     ("My final scoring: 4", None),
@@ -233,9 +276,9 @@ def test_a_reply_that_is_not_finished_has_no_verdict(finish, wanted):
     "Final score: " + "(" * 10**6 + "4", "Final score: " + "4" * 10**6, "<think>" * 10**5,
     "Final score: 4" + " " * 10**6 + "/", "\"score\":" * 10**5, "{" * 10**6, "\u00bd" * 10**6])
 def test_time_is_linear_in_the_text(text):
-    start = time.thread_time()
+    start = time.process_time()  # other processes do not count
     parse_verdict(text, FIVE)
-    assert time.thread_time() - start < 1, text[:40]
+    assert time.process_time() - start < 1, text[:40]
 
 
 def test_texts_that_were_held_back():
