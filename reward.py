@@ -36,20 +36,20 @@ NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 # A label begins a line, a sentence or a JSON key, maybe behind words such as "So my". In the middle
 # of a sentence, or behind a quotation mark, it is no verdict.
 BEFORE_LABEL = re.compile(
-    r"""(?: \n[^\w\n]* | [{\[,]\s*["'] | [.!?:;,)}|(\[]\s* | \n\s*[0-9]+[.)]\s | \\text\{ )
-        (?: (?:so|thus|hence|therefore|overall|and|my|the|a|i|give|it) [\s,]+ )* $""", re.I | re.X)
-BEFORE_NUMBER = r"""["'\u201d]? \s* (?:\([^()\n]{1,12}\))? \s* (?: is\b:? | of\b | [:=|] )?
+    r"""(?: \n\W* | [{\[,]\s*["'] | [.!?:;,)}|(\[]\s* | \\text\{ )
+        (?: (?:so|thus|hence|therefore|overall|and|my|the|a|i|give|it) \s+ )* $""", re.I | re.X)
+BEFORE_NUMBER = r"""["'\u201d]? \s* (?:\([^()\n]{1,12}\))? \s* (?: is\b:? | of\b | [:=] )?
                     [\s"'\u201c(\[{}$|]* (?: \\boxed\{ | <(?=[^>\n]+>) )? \s*"""
 # What would make the number part of another one, of a range, or doubtful.
 AFTER_NUMBER = r"""(?! [\w%+?\u2044] | [.,][0-9]
-                     | \s* (?: \.\.+ | [-~\u2013\u2014] | \b(?:to|or|and|bis)\b )? \s* [0-9]
+                     | \s* (?: \.\.+ | [-~\u2013\u2014] | \b(?:to|and|bis) )? \s* [0-9]
                      | \s* \u00b1
-                     | [\s,;]*
-                       \b(?: or|if|unless|would|might|maybe|perhaps|plus|minus|and\s+a )\b )"""
-SCALE = rf"""(?: [\s("']* (?: / | (?:out\s)?of | on\sa\sscale\sof | [^\W\d]{{2,3}}\b ) \s*
+                     | [\s,;]+
+                       (?: or|if|unless|would|might|maybe|perhaps|plus|minus|and\s+a )\b )"""
+SCALE = rf"""(?: [\s("']* (?: / | out\sof | on\sa\sscale\sof | [^\W\d]{{2,3}} ) \s*
                  (?P<scale>{NUMBER}) )?"""
 VERDICT = re.compile(f"{BEFORE_NUMBER} (?P<number>{NUMBER}) {AFTER_NUMBER} {SCALE}", re.I | re.X)
-PLACEHOLDER = re.compile(r"[^\w\n]*(?:N|X|your)\b")  # the request, repeated
+PLACEHOLDER = re.compile(r"\W*(?:N|X|your)\b")  # the request, repeated
 
 
 def parse_verdict(text, judge, finish="stop"):
@@ -66,7 +66,7 @@ def parse_verdict(text, judge, finish="stop"):
     text = "\n" + re.sub("[*`#]", "", text.replace("\N{MINUS SIGN}", "-").replace("_", " "))
     label = r"[^\S\n]*".join(map(re.escape, judge.verdict.rstrip(": ").split()))
     found = set()
-    for match in re.finditer(rf"""\b{label}\b|(?<=["'])score(?=["'])""", text, re.I):
+    for match in re.finditer(rf"""{label}\b|(?<=["'])score(?=["'])""", text, re.I):
         start, end = match.span()
         if BEFORE_LABEL.search(text[max(start - 60, 0):start]):
             found.add(verdict_after(text[end:end + 200], judge.highest))
@@ -80,12 +80,12 @@ def verdict_after(text, highest):
     match = VERDICT.match(text)
     if not match:
         line = text.partition("\n")[0]
-        has_number = re.match(r"\W*?[:=]", line) and re.search("[0-9]", line)
+        has_number = re.match(r"\W*[:=]", line) and re.search("[0-9]", line)
         return None if has_number and not PLACEHOLDER.match(line) else "none"
     if match["scale"] and float(match["scale"]) != highest:
         return None
     is_on_next_line = "\n" in text[:match.start("number")]
-    if is_on_next_line and not re.match(r"[^\w\n]*(?:\n|$)", text[match.end():]):
+    if is_on_next_line and not re.match(r"\W*(?:\n|$)", text[match.end():]):
         return "none"  # the first item of a list, or a sentence
     return float(match["number"])
 
