@@ -86,7 +86,8 @@ def random_flags(rng):
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hi"}
 VALUES = [None, True, 5, -1.5, [], {}, "", "  ", [""], [{}], [[[[[]]]]], "\ud800", "x\udfff",
           10**401, -10**30, 1e308, float("nan"), float("inf"), "NaN", "4", "Tea.<|end|>", "\x00",
-          "\u202e\u0007", "{{ messages }}", "{% for %}", "x" * 50_000, "tea " * 3000, "\U0001f375",
+          "\n\nHuman: hi\n\nAssistant: ho", "\n\nHuman: hi", "\n\nAssistant:", "{{ messages }}",
+          "{% for %}", "\u202e\u0007", "x" * 50_000, "tea " * 3000, "\U0001f375",
           [USER], [ASSISTANT], [USER, ASSISTANT], [ASSISTANT, USER], [USER] * 300,
           [{"role": "user"}], [{"role": "tool", "content": "x"}], [{"role": [], "content": {}}],
           [USER | {"content": "\ud800"}], [{"role": "user", "content": "<|end|>"}]]
@@ -282,12 +283,13 @@ def flags_case(rng, folder):
 def rows_case(rng, folder):
     """data.py and train.py with a damaged file of rows."""
     rows = [row for _, row in read_rows(os.path.join(folder, "rows.jsonl"))]
-    write(os.path.join(folder, "rows.jsonl"), damaged_file(rng, rows))
+    name = rng.choice(["rows.jsonl"] * 7 + ["rows.jsonl.gz", "rows.json", "rows.parquet"])
+    write(os.path.join(folder, name), damaged_file(rng, rows))
     shutil.rmtree(os.path.join(folder, "out"))
-    flags = ["--data=rows.jsonl", "--max_steps=1", *COMMON, "--loss",
+    flags = [f"--data={name}", "--max_steps=1", *COMMON, "--loss",
              rng.choice(("rdpo", "dpo", "sft", "dsc"))]
     flags += ["--skip_bad_rows"] if rng.random() < 0.3 else []
-    results = [try_command(folder, data.main, ["rows.jsonl"], False)]
+    results = [try_command(folder, data.main, [name], False)]
     if rng.random() < 0.4:  # it takes longer
         results.append(try_command(folder, train.main, flags, False))
     return results

@@ -153,8 +153,8 @@ def faults(path, wanted):
             if re.match("rf?[\"']", source[start:end]):
                 for a, b, after in regex_edits(source[start:end]):
                     add(statement, start + a, start + b, after)
-        if isinstance(node, ast.JoinedStr):
-            return  # a message
+        if isinstance(node, ast.JoinedStr) or getattr(node, "arg", None) in KEYWORDS:
+            return  # a message, or what has no effect
         for part, after in edits(node):
             add(statement, *span(part), after)
         is_inside |= isinstance(node, (ast.FunctionDef, ast.Lambda))
