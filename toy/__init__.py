@@ -1,0 +1,1 @@
+"""The bundled toy world. A package, so that no other module named toy is taken for it."""
