@@ -26,6 +26,8 @@ from jinja2 import TemplateError
 from data import Pair, collate, encode_prompt, load_pairs, longest_row, micro_batches
 from infra.client import Client, add_client_flags
 from infra.command import BadInput, Parser, at_least, one_line, refuse, run
+from infra.disk import make_folder
+from infra.distributed import best_device
 from infra.generate import Answer, generate
 from infra.models import TOY_STUDENT, load_model, load_tokenizer, position_limit
 from infra.plots import draw_curves
@@ -358,7 +360,7 @@ def load_inputs(args):
 def run_models(args, task, rows, pairs, tokenizers):
     """({system: rows of answers.jsonl}, {row id: log-ratio to the base}, {model: pair_logps})."""
     path = os.path.join(args.out_dir, "answers.jsonl")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device()
     longest = max(map(longest_row, pairs), default=0)
     answers, sampled, kl, logps = {}, {}, {}, {}
     # One model in memory at a time. The base is last: KL needs its view of the students' answers.
@@ -387,12 +389,12 @@ def run_models(args, task, rows, pairs, tokenizers):
 def main(argv=None):
     args = get_args(argv)
     if args.curves:
-        os.makedirs(args.out_dir, exist_ok=True)
+        make_folder("--out_dir", args.out_dir)
         path = os.path.join(args.out_dir, "curves.png")
         draw_curves(args.curves, path)
         return print(path)
     task, rows, pairs, tokenizers, data_notes = load_inputs(args)
-    os.makedirs(args.out_dir, exist_ok=True)
+    make_folder("--out_dir", args.out_dir)
     answers, kl, logps = run_models(args, task, rows, pairs, tokenizers)
 
     # The judge: a score per answer and, with --pairwise, whether it wins over the base's.

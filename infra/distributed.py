@@ -23,6 +23,13 @@ from torch.distributed.tensor import DTensor, init_device_mesh
 from infra.command import refuse
 
 
+def best_device():
+    """Where to compute: "cuda", "mps" (Apple's GPU) or "cpu", the first that PyTorch finds."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def setup(args):
     """Resolve args.device and args.dtype, and join torchrun's ranks. Returns (device, dtype).
 
@@ -30,7 +37,7 @@ def setup(args):
     """
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if args.device == "auto":
-        args.device = "cuda" if has_cuda else "mps" if has_mps else "cpu"
+        args.device = best_device()
     if args.dtype == "auto":
         has_bfloat16 = has_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = ("float32" if args.device != "cuda"

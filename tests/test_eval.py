@@ -261,6 +261,26 @@ def test_other_settings_weights_prompts_or_judge_are_refused(toy_server, run_eva
     assert len(read_lines(tmp_path / "eval" / "answers.jsonl")) <= 6
 
 
+@pytest.mark.parametrize("cuda, mps, device", [
+    (True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_computes_on_the_device_that_train_takes(run_eval, monkeypatch, cuda, mps, device):
+    moved = []
+
+    class Stop(Exception):
+        pass
+
+    def to(_, device):
+        moved.append(device)
+        raise Stop
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    with pytest.raises(Stop):
+        run_eval()
+    assert moved == [device]
+
+
 def test_several_models_one_table_and_no_judge(run_eval, student, base, tmp_path):
     other = str(tmp_path / "other")
     os.symlink(student, other)
