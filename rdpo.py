@@ -32,8 +32,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from infra.command import BadInput, first_line, refuse
+from infra.disk import make_folder, writing
 
 # --------------------------------------------------------------------------------- target and loss
 
@@ -245,16 +248,23 @@ class ReferenceCache:
 
     def __init__(self, folder, model, computed_as):
         """Create the folder if needed; computed_as is such as "bfloat16" or "float32 sharded"."""
-        os.makedirs(folder, exist_ok=True)
+        make_folder("--cache_dir", folder)
         self.name = reference_fingerprint(model, computed_as)
         self.path = os.path.join(folder, f"reference-{self.name}.safetensors")
         self.logps = self._read()  # {key: float}
 
     def _read(self):
-        if not os.path.exists(self.path):
+        try:
+            with safe_open(self.path, "pt") as file:  # keys (E, 32) uint8, logps (E,) float32
+                keys, logps = file.get_tensor("keys"), file.get_tensor("logps")
+        except FileNotFoundError:
             return {}
-        with safe_open(self.path, "pt") as file:  # keys (E, 32) uint8, logps (E,) float32
-            keys, logps = file.get_tensor("keys"), file.get_tensor("logps")
+        except (OSError, SafetensorError) as error:
+            raise BadInput(f"{self.path}: damaged ({first_line(error)}); delete it") from error
+        is_whole = (keys.dtype == torch.uint8 and keys.shape[1:] == (32,)
+                    and logps.dtype == torch.float32 and logps.shape == keys.shape[:1]
+                    and bool(logps.isfinite().all()))
+        refuse(self.path, (not is_whole, "damaged; delete it"))
         return {key.tobytes(): logp for key, logp in zip(keys.numpy(), logps.tolist())}
 
     def save(self):
@@ -262,7 +272,8 @@ class ReferenceCache:
         self.logps = self._read() | self.logps
         keys = torch.frombuffer(bytearray(b"".join(self.logps)), dtype=torch.uint8).view(-1, 32)
         temporary = f"{self.path}.{os.getpid()}.tmp"
-        save_file({"keys": keys, "logps": torch.tensor(list(self.logps.values()))}, temporary)
+        with writing(self.path):
+            save_file({"keys": keys, "logps": torch.tensor(list(self.logps.values()))}, temporary)
         os.replace(temporary, self.path)
 
 

@@ -10,8 +10,10 @@ rdpo.py's; tokens and batches are data.py's. infra/ can be skipped at first.
 """
 import argparse
 import contextlib
+import functools
 import math
 import os
+import random
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -24,8 +26,8 @@ from data import (batch_tokens, check_judges, collate, count_chosen, count_token
                   epoch_order, load_pairs, longest_row, micro_batches, send, split_train_val,
                   template_note)
 from infra import checkpoint, models, selfcheck
-from infra.command import (Parser, above_0, at_least, between, number, one_line, refuse, run,
-                           template_kwargs, warn)
+from infra.command import (Parser, above_0, at_least, between, number, one_line, path, refuse,
+                           run, template_kwargs, warn)
 from infra.generate import generate
 from infra.lora import add_lora, without_lora
 from infra.plots import draw_curves, have_matplotlib
@@ -85,7 +87,7 @@ METRICS = ("loss", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/
 
 
 def forward(policy, data, indices, args, pair_count, chosen_tokens):
-    """One micro-batch: (its part of the step's loss, sums of METRICS, log-ratios (2, B)).
+    """One micro-batch: (its part of the step's loss, sums of METRICS, {pair: log-ratios (2,)}).
 
     pair_count and chosen_tokens are the whole step's, so the parts of all micro-batches and
     ranks add up to the same loss however the step is split. An empty micro-batch computes the
@@ -110,8 +112,10 @@ def forward(policy, data, indices, args, pair_count, chosen_tokens):
     sums = [loss.detach()] + [column.sum() for column in (
         chosen_logps, rejected_logps, chosen_rewards, rejected_rewards, tau, margins,
         (1 + side) / 2, agreeing, decided)]
-    log_ratios = chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
-    return loss, torch.stack(sums), torch.stack(log_ratios)
+    log_ratios = torch.stack([chosen_logps - ref_chosen_logps,
+                              rejected_logps - ref_rejected_logps], 1)  # (B, 2)
+    return loss, torch.stack(sums), {data.pairs[i].where: ratios
+                                     for i, ratios in zip(indices, log_ratios)}
 
 
 def mean_metrics(sums, pair_count):
@@ -123,12 +127,18 @@ def mean_metrics(sums, pair_count):
 
 
 @torch.no_grad()
-def evaluate(policy, data, args):
-    """The metrics of all pairs of a Dataset, each name behind eval/."""
+def evaluate(policy, data, args, check=None):
+    """The metrics of all pairs of a Dataset, each name behind eval/.
+
+    check({pair: log-ratios (2,)}) is called for each micro-batch.
+    """
     pair_count, chosen_tokens = len(data.pairs), count_chosen(data.pairs)
     sums = torch.zeros(len(METRICS), device=policy.device)
     for indices in rank_batches(data.pairs, range(pair_count), data.share_prefix, args):
-        sums += forward(policy, data, indices, args, pair_count, chosen_tokens)[1]
+        _, batch_sums, log_ratios = forward(policy, data, indices, args, pair_count, chosen_tokens)
+        sums += batch_sums
+        if check:
+            check(log_ratios)
     return {f"eval/{name}": value for name, value in mean_metrics(sums, pair_count).items()}
 
 
@@ -162,27 +172,45 @@ def rank_batches(pairs, indices, share_prefix, args):
 # ---------------------------------------------------------------------------------- the reference
 
 
+SPOT_CHECKS = 16  # cached pairs of a file that are computed again
+
+
+def cache_check(pairs, cache, args):
+    """check({pair: log-ratios (2,)}): BadInput unless they are 0, as the reference's own are."""
+    return functools.partial(selfcheck.check_step_0, dtype=getattr(torch, args.dtype),
+                             tokens={pair.where: longest_row(pair) for pair in pairs},
+                             cache_path=cache.path)
+
+
 @torch.no_grad()
 def make_dataset(policy, pairs, share_prefix, cache, args):
     """(Dataset, number of pairs whose reference log-probabilities had to be computed).
 
-    The policy must still be the reference. An interrupted pass keeps what it computed.
+    The policy must still be the reference. An interrupted pass keeps what it computed. A few of
+    the cached pairs are computed again: BadInput if they differ.
     """
     keys = [[sequence_key(pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)]
             for pair in pairs]
     cache.logps = dist.broadcast(cache.logps)  # ranks must agree on what is missing
     missing = [i for i, both in enumerate(keys) if not set(both) <= cache.logps.keys()]
-    batches, last_save = rank_batches(pairs, missing, share_prefix, args), time.monotonic()
+    cached = sorted(set(range(len(pairs))) - set(missing))
+    check_cached = cache_check(pairs, cache, args)
+    again = random.Random(args.seed).sample(cached, min(SPOT_CHECKS, len(cached)))
+    batches, last_save = rank_batches(pairs, missing + again, share_prefix, args), time.monotonic()
     try:
         # The longest first: if memory is too small, the run ends now.
         for indices in tqdm(batches[::-1], "reference", disable=dist.rank() > 0 or None,
                             leave=False):
-            batch = collate([pairs[i] for i in indices or missing[:1]], share_prefix)
+            batch = collate([pairs[i] for i in indices or [0]], share_prefix)
             with autocast(args):
                 logps = policy_logps(policy, batch.to(policy.device)).view(2, -1).T  # (B, 2)
             for i, both in dist.all_gather(list(zip(indices, logps.tolist()))):
                 selfcheck.check_finite(torch.tensor(both), pairs[i].where)
-                cache.logps |= zip(keys[i], both)
+                if i in again:
+                    known = [cache.logps[key] for key in keys[i]]
+                    check_cached({pairs[i].where: torch.tensor(both) - torch.tensor(known)})
+                else:
+                    cache.logps |= zip(keys[i], both)
             if dist.rank() == 0 and time.monotonic() - last_save > 60:
                 cache.save()
                 last_save = time.monotonic()
@@ -294,12 +322,15 @@ def train_student(args, device, dtype):
     print_plan(args, policy, len(train_pairs), len(val_pairs), reference, first_step, total_steps)
     print_grid(weights_before, saved_dtype if dtype == torch.float32 else dtype, args)
     print("\n" + TABLE_HEAD)
-    val_metrics = evaluate(policy, val, args)
+    check_cached = cache_check(train_pairs + val_pairs, cache, args)
+    val_metrics = evaluate(policy, val, args, None if first_step else check_cached)
+    selfcheck.check_student(first_step, masters, val_metrics["eval/loss"], state_dir)
     if first_step == 0:
         metrics_file.log(step=0, epoch=0.0, **val_metrics)
         print(table_line(0, {}, val_metrics))
 
     # Loop: one optimizer step per batch_size pairs.
+    probe = Dataset(val.pairs[:8], val.share_prefix, val.columns[:, :8])  # before each save
     stop_signal = checkpoint.StopSignal()
     flat_gradients = dist.flat_gradients(masters)
     progress = tqdm(total=total_steps, initial=first_step, desc="training", unit="step",
@@ -320,12 +351,11 @@ def train_student(args, device, dtype):
             # FSDP averages gradients over ranks; gradient_ranks turns that into a sum.
             scaler.scale(loss * dist.gradient_ranks(policy)).backward()
             sums += batch_sums
-            log_ratios |= {train_pairs[i].where: ratio for i, ratio in zip(batch, ratios.T)}
+            log_ratios |= ratios
         masters.collect_gradients()
         dist.sum_gradients(flat_gradients)
         if step == 0:  # gate: the policy still is the reference, so every log-ratio is 0
-            tokens = {pair.where: longest_row(pair) for pair in step_pairs}
-            selfcheck.check_step_0(log_ratios, tokens, dtype, cache.path)
+            check_cached(log_ratios)
 
         # Update. A step that is not finite is never taken.
         scaler.unscale_(optimizer)
@@ -356,6 +386,8 @@ def train_student(args, device, dtype):
                 print(table_line(done, metrics, val_metrics))
         stop = dist.maximum(stop_signal.number)  # a signal to one rank stops all
         if done % args.save_every == 0 or done == total_steps or stop:
+            checked = val_metrics if done == total_steps else evaluate(policy, probe, args)
+            selfcheck.check_student(done, masters, checked["eval/loss"], state_dir)
             checkpoint.save_state(state_dir, done, masters, optimizer, scaler, args, data_hash)
         if stop:
             progress.close()
@@ -395,7 +427,7 @@ def check_saved(val, trained, args):
     saved = evaluate(student, val, args)["eval/rewards/margins"] / args.beta
     trained = trained["eval/rewards/margins"] / args.beta
     print(f"as saved: margin {saved:.2f} of {trained:.2f} (validation pairs, nats, before beta)")
-    if abs(saved - trained) > max(0.1 * abs(trained), 0.05):
+    if not abs(saved - trained) <= max(0.1 * abs(trained), 0.05):  # or nan
         warn(f"the student in {args.out_dir} is not the one that was trained: its weights were "
              "rounded. Try --save_dtype float32; see docs/sixteen_bits.md")
 
@@ -415,7 +447,12 @@ def load_train_val(args, tokenizer):
     pairs, val_pairs = load(args.data), load(args.eval_data or [])
     if LOSSES[args.loss].needs_scores:
         check_judges(pairs + val_pairs)
-    if not args.eval_data:
+    if args.eval_data:
+        trained = {tuple(pair.prompt_ids) for pair in pairs}
+        seen = sum(tuple(pair.prompt_ids) in trained for pair in val_pairs)
+        if seen:
+            warn(f"{seen} of {len(val_pairs)} pairs of --eval_data have a prompt of --data")
+    else:
         pairs, val_pairs = split_train_val(pairs, args.eval_share, args.seed)
     note = template_note(tokenizer, pairs[0].prompt)
     if note:
@@ -463,10 +500,13 @@ def get_args(argv=None):
     parser = Parser("Distil a student on scored pairs with the rDPO loss.")
     add = parser.add_argument
     # data
-    add("--data", required=True, nargs="+", help="scored rows, .jsonl or a JSON list; any files")
-    add("--eval_data", nargs="+", help="validation rows (default: a share of the prompts)")
+    add("--data", type=path, required=True, nargs="+",
+        help="scored rows, .jsonl or a JSON list; any files")
+    add("--eval_data", type=path, nargs="+",
+        help="validation rows (default: a share of the prompts)")
     add("--eval_share", type=share, default=0.1, help="that share, at most 256 prompts")
-    add("--model", help="student: a folder or hub id (default: the bundled toy student)")
+    add("--model", type=path,
+        help="student: a folder or hub id (default: the bundled toy student)")
     add("--max_length", type=at_least(1), default=1024, help="tokens of prompt + one answer")
     add("--template_kwargs", type=template_kwargs,
         help="defaults of the chat template, such as '{\"enable_thinking\": false}'")
@@ -490,7 +530,8 @@ def get_args(argv=None):
     add("--seed", type=at_least(0), default=0)
     # LoRA
     add("--lora_rank", type=at_least(0), default=0, help="train adapters of this rank, 0: none")
-    add("--lora_alpha", type=float, help="adapters are scaled by alpha / rank (default: 2 * rank)")
+    add("--lora_alpha", type=above_0(),
+        help="adapters are scaled by alpha / rank (default: 2 * rank)")
     add("--save_adapter", action="store_true", help="save the adapter in PEFT's format, unmerged")
     # memory and speed: these change the result by rounding at most
     add("--tokens_per_batch", type=at_least(1), default=2048,
@@ -501,9 +542,10 @@ def get_args(argv=None):
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="compute dtype; trained weights stay float32")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    add("--cache_dir", default="~/.cache/rdpo", help="reference log-probabilities of all runs")
+    add("--cache_dir", type=path, default="~/.cache/rdpo",
+        help="reference log-probabilities of all runs")
     # output
-    add("--out_dir", default="out")
+    add("--out_dir", type=path, default="out")
     add("--save_dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="of the saved student (default: as it was loaded)")
     add("--skip_saved_check", action="store_true",
@@ -519,7 +561,9 @@ def get_args(argv=None):
         (args.label_smoothing and args.loss != "dpo", "--label_smoothing needs --loss dpo"),
         (not args.lora_rank and (args.lora_alpha is not None or args.save_adapter),
          "--lora_alpha and --save_adapter need --lora_rank, such as --lora_rank 16"),
-        (args.fsdp and args.compile, "--compile does not work with --fsdp; leave one out"))
+        (args.fsdp and args.compile, "--compile does not work with --fsdp; leave one out"),
+        ({*map(os.path.realpath, args.data)} & {*map(os.path.realpath, args.eval_data or [])},
+         "--eval_data is a file of --data too; give other rows, or leave it out"))
     if args.lora_rank and args.lora_alpha is None:
         args.lora_alpha = 2.0 * args.lora_rank
     if args.learning_rate is None:

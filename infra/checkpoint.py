@@ -11,13 +11,17 @@ import json
 import os
 import shutil
 import signal
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import CheckpointException
 from transformers import AutoModelForCausalLM
 
 import infra.distributed as dist
-from infra.command import BadInput, refuse
+from infra.command import BadInput, first_line, refuse
+from infra.disk import make_folder, writing
 from infra.lock import only_writer
 from infra.lora import merged, save_adapter
 from infra.models import TOY_STUDENT, sample_weights, share_changed
@@ -27,7 +31,7 @@ from infra.rows import atomic_write
 # ----------------------------------------------------------------------------------------- out_dir
 
 # Flags that a resumed run may change: they change neither the data nor the weights.
-FREE_TO_CHANGE = {"resume", "overwrite", "save_every", "cache_dir", "max_new_tokens"}
+FREE_TO_CHANGE = {"resume", "overwrite", "save_every", "save_dtype", "cache_dir", "max_new_tokens"}
 
 
 @contextlib.contextmanager
@@ -38,11 +42,7 @@ def only_run_in(args):
     if dist.rank() > 0:
         yield
         return
-    try:
-        os.makedirs(args.out_dir, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out_dir {args.out_dir}: {error.strerror}; give a folder that can be "
-                       "created") from error
+    make_folder("--out_dir", args.out_dir)  # or fail now, before anything is computed
     try:
         with only_writer(os.path.join(args.out_dir, "run")):
             yield
@@ -65,12 +65,21 @@ def check_out_dir(args):
         (not is_new and not args.resume and not args.overwrite,
          "holds an earlier run; add --resume to continue it or --overwrite to delete it"))
     if not is_new and args.resume:
-        with open(path, encoding="utf-8") as file:
-            before = json.load(file)
+        before = read_flags(path)
         for name in sorted(before.keys() & vars(args).keys() - FREE_TO_CHANGE):
             refuse("", (vars(args)[name] != before[name],
                         f"--{name} is {vars(args)[name]}, but the run in {out_dir} has "
                         f"{before[name]}; repeat its flags, or give another --out_dir"))
+
+
+def read_flags(path):
+    """The flags of an earlier run. BadInput if args.json is damaged."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return dict(json.load(file))
+    except (OSError, TypeError, ValueError) as error:
+        raise BadInput(f"{path}: damaged ({first_line(error)}); give another --out_dir, or "
+                       "--overwrite to begin again") from error
 
 
 def begin_out_dir(args, first_step):
@@ -89,11 +98,19 @@ def begin_out_dir(args, first_step):
     atomic_write(os.path.join(args.out_dir, "args.json"), text)
     lines = []
     if first_step and os.path.exists(path):  # what a killed run logged later is computed again
-        with open(path, encoding="utf-8") as file:
-            lines = [line for line in file
-                     if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = [line for number, line in enumerate(file, 1) if line.endswith("\n")
+                     and logged_step(line, f"{path}:{number}") <= first_step]
     atomic_write(path, "".join(lines))
     return MetricsFile(path)
+
+
+def logged_step(line, where):
+    """The step of a line of metrics.jsonl. BadInput if the line is damaged."""
+    try:
+        return int(json.loads(line)["step"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{where}: damaged ({first_line(error)}); delete this line") from error
 
 
 class MetricsFile:
@@ -125,10 +142,12 @@ def save_state(folder, step, masters, optimizer, scaler, args, data_hash):
         dist.barrier()
         dist.save_shards(temporary, masters, optimizer)
     elif is_writer:
-        save_file(masters.state_dict(), os.path.join(temporary, "model.safetensors"))
+        with writing(temporary):
+            save_file(masters.state_dict(), os.path.join(temporary, "model.safetensors"))
         state["optimizer"] = optimizer.state_dict()
     if is_writer:
-        torch.save(state, os.path.join(temporary, "training.pt"))
+        with writing(temporary), open(os.path.join(temporary, "training.pt"), "wb") as file:
+            torch.save(state, file)
         os.rename(temporary, os.path.join(folder, name))
         for other in os.listdir(folder):
             if other != name:
@@ -149,23 +168,37 @@ def newest_state(folder):
     return os.path.join(folder, names[-1]) if names else None
 
 
+# What torch, pickle and safetensors raise for files that are cut, empty, missing or not theirs.
+UNREADABLE = (CheckpointException, EOFError, KeyError, OSError, RuntimeError, SafetensorError,
+              TypeError, UnpicklingError, ValueError)
+
+
 def load_state(folder, masters, optimizer, scaler, args, data_hash):
-    """Load the newest state of a folder in place. Returns its step, 0 if there is none."""
+    """Load the newest state of a folder in place. Returns its step, 0 if there is none.
+
+    BadInput if it belongs to other rows or another model, or is damaged.
+    """
     path = newest_state(folder)
     if path is None:
         return 0
-    # map_location: else every rank would load rank 0's GPU tensors onto that GPU.
-    state = torch.load(os.path.join(path, "training.pt"), map_location="cpu", weights_only=True)
-    refuse(folder, (state["data"] != data_hash,
-                    "the saved run had other rows, targets or weights of --model; give the same "
-                    "--data and --model, or another --out_dir"))
-    if args.fsdp:
-        dist.load_shards(path, masters, optimizer)
-    else:
-        masters.load_state_dict(load_file(os.path.join(path, "model.safetensors")))
-        optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    return state["step"]
+    try:
+        # map_location: else every rank would load rank 0's GPU tensors onto that GPU.
+        state = torch.load(os.path.join(path, "training.pt"), map_location="cpu", weights_only=True)
+        refuse(folder, (state["data"] != data_hash,
+                        "the saved run had other rows, targets or weights of --model; give the "
+                        "same --data and --model, or another --out_dir"))
+        if args.fsdp:
+            dist.load_shards(path, masters, optimizer)
+        else:
+            masters.load_state_dict(load_file(os.path.join(path, "model.safetensors")))
+            optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        return state["step"]
+    except torch.OutOfMemoryError:
+        raise
+    except UNREADABLE as error:
+        raise BadInput(f"{path}: damaged ({type(error).__name__}); delete it: --resume then begins "
+                       "with the state before it, or with step 0") from error
 
 
 class StopSignal:
@@ -194,8 +227,9 @@ def student_weights(policy, masters, dtype, seed):
 
     Adapters are merged. 16-bit weights are rounded stochastically; those on the grid stay, as the
     model's do under a 16-bit compute dtype. Buffers keep their dtype. Tied weights appear once.
+    BadInput if dtype cannot hold a weight.
     """
-    weights, student = dist.full_state_dict(policy), {}
+    weights, student, too_large = dist.full_state_dict(policy), {}, []
     if dtype not in DROPPED_BITS:  # wider: the masters, not their rounded copies
         weights |= {name.replace("/", "."): master
                     for name, master in dist.full_state_dict(masters).items()}
@@ -203,9 +237,15 @@ def student_weights(policy, masters, dtype, seed):
     for name, tensor in merged(policy, weights):
         if name in policy.all_tied_weights_keys:
             continue
+        if name not in buffers and not tensor.abs().max() <= torch.finfo(dtype).max:  # or nan
+            too_large.append(name)
         if name not in buffers and dtype in DROPPED_BITS:
             tensor = stochastic_round(tensor.float(), dtype, seed, "save", name)
         student[name] = tensor.to("cpu", None if name in buffers else dtype)
+    refuse("--save_dtype", (  # on every rank: FSDP's others have no weights to look at
+        names := dist.broadcast(too_large),
+        f"{str(dtype)[6:]} cannot hold the weights of {', '.join(names[:3])}; the same command "
+        "with --resume and a wider --save_dtype saves the student"))
     return student
 
 
@@ -214,24 +254,25 @@ def export(policy, masters, tokenizer, dtype, weights_before, args):
 
     Every file is written aside, then moved. Returns the line to print.
     """
+    weights = (dist.full_state_dict(policy) if args.save_adapter
+               else student_weights(policy, masters, dtype, args.seed))
+    if dist.rank() > 0:
+        return ""
     aside = os.path.join(args.out_dir, "saving.tmp")
-    os.makedirs(aside, exist_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.makedirs(aside)
     if args.save_adapter:
-        weights = dist.full_state_dict(policy)
-        if dist.rank() == 0:
+        with writing(aside):
             save_adapter(policy, weights, aside, args.model or TOY_STUDENT)
         report = "adapter saved"
     else:
-        weights = student_weights(policy, masters, dtype, args.seed)
-        if dist.rank() == 0:
-            changed = 100 * share_changed(weights_before, sample_weights(weights))
-            report = f"student saved ({changed:.1f} % of its weights changed)"
-            with torch.device("meta"):  # a plain model without storage: no adapters, no shards
-                plain = AutoModelForCausalLM.from_config(policy.config, dtype=dtype)
-            plain.generation_config = policy.generation_config
+        changed = 100 * share_changed(weights_before, sample_weights(weights))
+        report = f"student saved ({changed:.1f} % of its weights changed)"
+        with torch.device("meta"):  # a plain model without storage: no adapters, no shards
+            plain = AutoModelForCausalLM.from_config(policy.config, dtype=dtype)
+        plain.generation_config = policy.generation_config
+        with writing(aside):
             plain.save_pretrained(aside, state_dict=weights)  # which empties weights
-    if dist.rank() > 0:
-        return ""
     tokenizer.save_pretrained(aside)
     for name in os.listdir(aside):
         os.replace(os.path.join(aside, name), os.path.join(args.out_dir, name))

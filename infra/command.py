@@ -33,12 +33,21 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message.removeprefix('argument ')}; see --help")
 
 
+# What PyTorch holds: 64-bit integers, and float32 without loss of digits.
+LARGEST, SMALLEST = {int: 2**63 - 1, float: 3e38}, 1e-37
+
+
 def number(kind, is_right, range_in_words):
     """An argparse type: a finite number of a kind (int or float) in a range."""
     def parse(text):
         value = kind(text)
-        if not (-math.inf < value < math.inf and is_right(value)):
-            raise argparse.ArgumentTypeError(f"must be {range_in_words}, not {text}")
+        for wrong, message in (
+                (not (-math.inf < value < math.inf and is_right(value)),
+                 f"must be {range_in_words}, not"),
+                (abs(value) > LARGEST[kind], f"must be at most {LARGEST[kind]}, not"),
+                (0 < abs(value) < SMALLEST, "is too close to 0:")):
+            if wrong:
+                raise argparse.ArgumentTypeError(f"{message} {text:.40}")
         return value
 
     parse.__name__ = f"{kind.__name__} ({range_in_words})"
@@ -70,6 +79,13 @@ def template_kwargs(text):
             'must be JSON such as {"enable_thinking": false}, with true, false, whole numbers or '
             f"text as values, not {text}")
     return values
+
+
+def path(text):
+    """An argparse type: a path or a hub id. Empty text is an unset variable of a shell."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; give a path, or leave the flag out")
+    return text
 
 
 def run(main):

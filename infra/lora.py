@@ -47,9 +47,14 @@ def add_lora(model, rank, alpha):
     """Freeze a model and put an adapter beside every nn.Linear of its decoder.
 
     Embeddings and output head get none. BadInput if the decoder keeps weight matrices outside
-    nn.Linear (GPT-2's Conv1D, fused experts), because they would stay untrained.
+    nn.Linear (GPT-2's Conv1D, fused experts), because they would stay untrained, and if the rank
+    is larger than any of the layers can use.
     """
     model.requires_grad_(False)
+    most = max((min(module.weight.shape) for module in model.base_model.modules()
+                if isinstance(module, nn.Linear)), default=rank)
+    refuse("--lora_rank", (rank > most, f"{rank} is more than the rank of this model's largest "
+                                        f"layer, {most}; give less"))
     for name, module in list(model.base_model.named_modules()):
         if isinstance(module, nn.Linear):
             parent, _, leaf = name.rpartition(".")

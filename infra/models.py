@@ -63,10 +63,13 @@ def load_model(model, dtype=torch.float32):
     # (github.com/pytorch/pytorch/issues/196678) and which plans anew for every shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
     except (OSError, ValueError) as error:
         raise BadInput(f"--model {model}: cannot be loaded ({first_line(error)}); "
                        "--model takes a model folder or a hub id") from error
+    if loaded.base_model is loaded:  # Llama4ForCausalLM: its prefix is that of the larger model
+        loaded.base_model_prefix = "model"
+    return loaded
 
 
 def position_limit(model):

@@ -3,7 +3,9 @@ import math
 
 import torch
 
-from infra.command import BadInput, first_line, refuse, warn
+import infra.distributed as dist
+from infra.checkpoint import newest_state
+from infra.command import first_line, refuse, warn
 
 # How far a token's log-probability may move when other rows share its batch: (bias, noise).
 # Over N tokens bias grows with N, noise with sqrt(N). (SmolLM2-135M in bfloat16: noise 0.06 per
@@ -47,7 +49,7 @@ def can_share_prefix(pair, policy_name, plain_logps, fast_logps, dtype):
                     tokens, dtype, "the model ignores masks or positions")
     except torch.OutOfMemoryError:
         raise
-    except (BadInput, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever it is, the layout that is taken instead was right above
         return False, first_line(error)
     return True, ""
 
@@ -62,6 +64,31 @@ def check_step_0(log_ratios, tokens, dtype, cache_path):
                     ratios, torch.zeros(2), [tokens[where]] * 2, dtype, f"delete {cache_path}")
 
 
+@torch.no_grad()
+def check_student(step, masters, loss, state_dir):
+    """BadInput unless weights and validation loss are finite, before a state or student is saved.
+
+    The loss is not finite either if weights are so large that the forward pass overflows.
+    """
+    is_finite = math.isfinite(loss) and all(
+        dist.local_shard(weight)[0].isfinite().all() for weight in masters.parameters())
+    newest = newest_state(state_dir)
+    resumed = newest and newest.endswith(f"{step:08d}")  # by a version that did not check
+    refuse(f"step {step}", (
+        dist.maximum(int(not is_finite)),
+        f"the student has weights or a validation loss ({loss:.4g}) that are not finite, and is "
+        f"not saved; {f'delete {newest}' if resumed else remedy(step, state_dir)}"))
+
+
+def remedy(step, state_dir):
+    """What to do if a number is not finite after so many steps."""
+    if step == 0:
+        return ("no step has been taken, so --learning_rate is not the cause; lower --beta, "
+                "--sft_weight or the rows' scores, or raise --temperature")
+    newest = newest_state(state_dir)
+    return "lower --learning_rate" + (f"; the last good state is in {newest}" if newest else "")
+
+
 def check_step(step, loss, grad_norm, scaler, log_ratios, state_dir):
     """BadInput if the loss or the gradient is not finite, before the step is taken.
 
@@ -74,6 +101,6 @@ def check_step(step, loss, grad_norm, scaler, log_ratios, state_dir):
     rows = ", ".join((bad or list(log_ratios))[:3])
     refuse("", (not math.isfinite(loss) or not can_lower,
                 f"step {step + 1}: loss {loss}, gradient norm {grad_norm}, rows {rows}; "
-                f"lower --learning_rate; the last good state is in {state_dir}"))
+                f"{remedy(step, state_dir)}"))
     warn(f"step {step + 1} skipped: its gradients overflow float16 at a loss scale of "
          f"{scaler.get_scale():g}, which is lowered now")

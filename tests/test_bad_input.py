@@ -7,13 +7,16 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT, assert_one_line, tiny_model
 
 import data
 import infra.rows
 import train
+from infra import models
 from infra.models import TOY_STUDENT, load_tokenizer
+from infra.rounding import Masters
 
 ROW = {"prompt": "Tell me about tea.", "chosen": "Tea is a drink.", "rejected": "No.",
        "score_chosen": 4, "score_rejected": 1}
@@ -306,15 +309,130 @@ def test_float16_needs_cuda(run_train, write_rows):
     assert_one_line(result, "--dtype float16 needs --device cuda")
 
 
+WORDS = ("", "no such word")
+WHOLE = (*WORDS, 1.5, "nan", "inf", -1, 10**30)
+REAL = (*WORDS, "nan", "inf", "-inf", 1e39, 1e-40)
+BAD_VALUES = {
+    **dict.fromkeys(("data", "eval_data", "model", "cache_dir", "out_dir"), ("",)),
+    **dict.fromkeys(("loss", "dtype", "device", "save_dtype"), WORDS),
+    **dict.fromkeys(("max_length", "epochs", "max_steps", "batch_size", "tokens_per_batch",
+                     "eval_every", "save_every", "max_new_tokens"), (*WHOLE, 0)),
+    **dict.fromkeys(("seed", "lora_rank"), WHOLE),
+    **dict.fromkeys(("beta", "temperature", "max_grad_norm", "lora_alpha"), (*REAL, 0, -1)),
+    **dict.fromkeys(("sft_weight", "learning_rate", "weight_decay"), (*REAL, -1)),
+    **dict.fromkeys(("eval_share", "warmup"), (*REAL, -0.1, 1.1)),
+    "label_smoothing": (*REAL, -0.1, 0.5)}
+
+
+def test_every_flag_refuses_values_out_of_its_range(run_train):
+    flags = vars(train.get_args(["--data", "rows.jsonl"])).items()
+    assert BAD_VALUES.keys() == {name for name, value in flags if not isinstance(value, bool)}
+    for name, values in BAD_VALUES.items():
+        for value in values:
+            result = run_train("--data", "rows.jsonl", "--lora_rank", 2, f"--{name}={value}")
+            assert_one_line(result, f"--{name}: ", str(value)[:40])
+
+
 @pytest.mark.parametrize("flags", [
-    ["--beta", 0], ["--beta", "nan"], ["--temperature", -1], ["--batch_size", 0],
-    ["--max_steps", 0], ["--max_length", 0], ["--label_smoothing", 0.7, "--loss", "dpo"],
-    ["--label_smoothing", 0.1], ["--lora_alpha", 8], ["--save_adapter"], ["--lora_rank", -1],
-    ["--fsdp", "--compile"], ["--fsdp"], ["--betta", 1], ["--loss", "ppo"], ["--seed", -1],
-    ["--learning_rate", -1], ["--max_grad_norm", 0], ["--max_grad_norm", "nan"], ["--warmup", 2]],
-    ids=str)
-def test_flags_out_of_range_or_that_do_not_go_together(run_train, flags):
+    ["--label_smoothing", 0.1], ["--lora_alpha", 8], ["--save_adapter"], ["--fsdp", "--compile"],
+    ["--fsdp"], ["--betta", 1]], ids=str)
+def test_flags_that_do_not_go_together(run_train, flags):
     assert_one_line(run_train("--data", "rows.jsonl", *flags), flags[0])
+
+
+def test_huge_values_that_mean_something_are_taken(run_train, write_rows):
+    huge = [word for name in ("max_length", "batch_size", "tokens_per_batch", "eval_every",
+                              "save_every", "seed") for word in (f"--{name}", 2**63 - 1)]
+    path = write_rows(rows_with(30))
+    assert run_train("--data", path, "--max_steps", 1, *huge)[0] == 0
+    assert_one_line(run_train("--data", path, "--lora_rank", 10**9, "--overwrite"), "--lora_rank: ",
+                    "largest layer, 96")
+
+
+def test_validation_rows_that_are_also_trained_on(run_train, write_rows, tmp_path):
+    path = write_rows(rows_with(30))
+    os.symlink(path, tmp_path / "link.jsonl")
+    for same in (path, tmp_path / "." / "rows.jsonl", tmp_path / "link.jsonl"):
+        assert_one_line(run_train("--data", path, "--eval_data", same), "--eval_data", "--data")
+    other = write_rows(rows_with(30)[:3] + rows_with(5, prompt="Another."), "other.jsonl")
+    code, _, err = run_train("--data", path, "--eval_data", other, "--max_steps", 1)
+    assert code == 0 and "7 of 8 pairs of --eval_data have a prompt of --data" in err
+
+
+@pytest.mark.parametrize("flag", ["--out_dir", "--cache_dir"])
+def test_folders_that_cannot_be_made(run_train, write_rows, tmp_path, flag):
+    path = write_rows(rows_with(30))
+    for folder in ("/proc/x", path, os.path.join(path, "below"), tmp_path / ("a" * 300)):
+        assert_one_line(run_train("--data", path, flag, folder), f"{flag} {folder}: ", "give a")
+    assert not os.path.exists(tmp_path / "out") or not os.listdir(tmp_path / "out")
+
+
+def test_another_module_named_toy(tmp_path):
+    (tmp_path / "toy.py").write_text("")
+    done = subprocess.run([sys.executable, "-c", "from toy import world"], cwd=ROOT,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0
+
+
+def cut(content):
+    return content[:len(content) // 2]
+
+
+def lists(content):
+    return b"[1, 2]"
+
+
+def other_tensors(content):
+    return safetensors.torch.save({"other": torch.zeros(3)})
+
+
+def with_nan(content):
+    tensors = safetensors.torch.load(content)
+    name = "logps" if "logps" in tensors else min(tensors)
+    tensors[name].view(-1)[0] = float("nan")
+    return safetensors.torch.save(tensors)
+
+
+def empty(content):
+    return b""
+
+
+def garbage(content):
+    return b"\xff" * 100 + b"\n" + content
+
+
+DAMAGES = {  # file: (ways to damage it; None: take it away)
+    "out/state/step-00000002/training.pt": (cut, empty, garbage, None),
+    "out/state/step-00000002/model.safetensors": (cut, empty, garbage, other_tensors, with_nan,
+                                                  None),
+    "out/args.json": (cut, empty, garbage, lists, None),
+    "out/metrics.jsonl": (garbage, lambda content: b"[1, 2]\n" + content,
+                          lambda content: b'{"step": null}\n' + content),
+    "cache/reference": (cut, empty, garbage, other_tensors, with_nan)}
+
+
+def test_damaged_files_of_an_earlier_run(run_train, write_rows, tmp_path):
+    flags = "--data", write_rows(rows_with(30)), "--max_steps", 2, "--resume"
+    run_train(*flags)
+    (cache,) = (tmp_path / "cache").iterdir()
+    for name, damages in DAMAGES.items():
+        path = cache if name == "cache/reference" else tmp_path / name
+        content = path.read_bytes()
+        for damage in damages:
+            if damage:
+                path.write_bytes(damage(content))
+            else:
+                path.unlink()
+            code, _, err = run_train(*flags)
+            place = path.parent if "state" in name or damage is None else path
+            assert_one_line((code, "", err), place, "out_dir" if "args" in name else "delete")
+            assert (tmp_path / "out" / "model.safetensors").exists()
+            path.write_bytes(content)
+    assert run_train(*flags)[0] == 0  # control: whole again
+    (tmp_path / "out" / "state" / "step-00000002" / "training.pt").write_bytes(b"")
+    shutil.rmtree(tmp_path / "out" / "state" / "step-00000002")  # as the message says
+    code, out, _ = run_train(*flags)
+    assert code == 0 and "from step" not in out
 
 
 def test_loss_not_finite(run_train, write_rows, tmp_path):
@@ -325,6 +443,73 @@ def test_loss_not_finite(run_train, write_rows, tmp_path):
     assert "lower --learning_rate" in err and f"{path}:" in err
     stopped_at = int(err.split()[2].rstrip(":"))
     assert os.listdir(tmp_path / "out" / "state") == [f"step-{stopped_at - 1:08d}"]
+    assert err.endswith(f" good state is in {tmp_path}/out/state/step-{stopped_at - 1:08d}\n")
+
+
+def test_advice_fits_a_loss_that_is_not_finite_before_any_step(run_train, write_rows, tmp_path):
+    for number, flags in enumerate((["--sft_weight", 1e38], ["--beta", 1e38])):
+        result = run_train("--data", write_rows(rows_with(30)), *flags, "--out_dir",
+                           tmp_path / f"out-{number}", "--batch_size", 30)
+        assert_one_line((*result[:1], "", *result[2:]), "no step has been taken", "lower --beta")
+        assert "state is in" not in result[2]
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora_rank", 2], ["--dtype", "bfloat16"]], ids=str)
+def test_a_poisoned_step_is_never_saved(run_train, write_rows, tmp_path, monkeypatch, flags):
+    flags = ["--data", write_rows(rows_with(60)), "--max_steps", 5, "--save_every", 1,
+             "--eval_every", 5, *flags]
+    for poisoned, left in ((5, "step-00000004"), (3, "step-00000002"), (1, None)):
+        def poison(masters, step, round=Masters.round):
+            if step == poisoned:
+                next(masters.parameters()).data.view(-1)[0] = float("nan")
+            round(masters, step)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Masters, "round", poison)
+            code, _, err = run_train(*flags, "--overwrite")
+        assert code == 2 and err.count("\n") == 1 and "lower --learning_rate" in err
+        assert err.startswith(f"error: step {poisoned}: ") and "not saved" in err
+        assert not (tmp_path / "out" / "model.safetensors").exists()
+        state = tmp_path / "out" / "state"
+        assert (os.listdir(state) if state.exists() else [None]) == [left]
+        assert ("last good state" in err) == bool(left)
+    assert run_train(*flags, "--resume")[0] == 0  # without the poison it goes on
+
+
+def test_weights_that_overflow_the_forward_pass_are_not_saved(run_train, write_rows, tmp_path):
+    code, _, err = run_train("--data", write_rows(rows_with(30)), "--max_steps", 1, "--lora_rank",
+                             2, "--learning_rate", 1e37)
+    assert code == 2 and "step 1: the student has" in err and "(nan)" in err
+    assert sorted(os.listdir(tmp_path / "out")) == ["args.json", "metrics.jsonl"]
+
+
+def test_a_student_that_its_saved_dtype_cannot_hold(
+        run_train, write_rows, tmp_path, toy_tokenizer):
+    model = tiny_model("llama", len(toy_tokenizer))
+    with torch.no_grad():
+        model.lm_head.weight *= 1e6
+        model.model.norm.weight *= 1e-6
+    flags = ["--data", write_rows(rows_with(30)), "--max_steps", 1, "--model",
+             save_model(tmp_path / "model", model, toy_tokenizer), "--learning_rate", 1e-9]
+    code, _, err = run_train(*flags, "--save_dtype", "float16")
+    assert code == 2 and "--save_dtype: float16 cannot hold the weights of lm_head.weight" in err
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert run_train(*flags, "--resume", "--save_dtype", "bfloat16")[0] == 0
+
+
+def test_a_saved_student_that_gives_nan_is_warned_of(
+        run_train, write_rows, tmp_path, monkeypatch):
+    load = models.load_model
+
+    def load_broken(name, dtype):
+        model = load(name, dtype)
+        if name == str(tmp_path / "out"):
+            model.lm_head.weight.data[:] = float("nan")
+        return model
+
+    monkeypatch.setattr(models, "load_model", load_broken)
+    code, _, err = run_train("--data", write_rows(rows_with(30)), "--max_steps", 1)
+    assert code == 0 and "is not the one that was trained" in err
 
 
 def test_weights_that_are_not_finite(run_train, write_rows, tmp_path, toy_tokenizer):

@@ -128,14 +128,14 @@ def test_sigterm_saves_and_stops_all_ranks_after_the_same_step(start, tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_all_ranks_and_keeps_the_last_state(start, tmp_path):
-    process = start(2, "out", "--learning_rate", "1e30", "--save_every", "1")
+@pytest.mark.parametrize("flags", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+def test_a_student_that_is_not_finite_stops_all_ranks_before_it_is_saved(start, tmp_path, flags):
+    process = start(2, "out", *flags, "--lora_rank", "2", "--learning_rate", "1e37",
+                    "--save_every", "1")
     _, err = process.communicate(timeout=60)
-    message = next(line for line in err.splitlines() if line.startswith("error: "))
     assert process.returncode == 1 and err.count("error: step") == 1
-    assert "rows.jsonl:" in message and "the last good state is in" in message
-    failed = int(message.split("step ")[1].split(":")[0])
-    assert os.listdir(tmp_path / "out" / "state") == [f"step-{failed - 1:08d}"]
+    assert "error: step 1: the student has" in err and "lower --learning_rate" in err
+    assert not (tmp_path / "out" / "state").exists()
 
 
 @pytest.mark.slow
@@ -146,27 +146,36 @@ def test_bad_input_is_said_once(start):
 
 
 
-def test_a_full_disk_leaves_the_state_before_whole(run_train, tmp_path, rows_path, monkeypatch):
+@pytest.mark.parametrize("function, call, limit, left", [
+    ("save_state", 2, 1_000_000, 2),  # safetensors fails, while it writes the weights
+    ("save_state", 2, 3_000_000, 2),  # torch.save fails, while it writes the moments
+    ("export", 1, 1_000_000, 6)], ids=["weights", "moments", "student"])
+def test_a_full_disk_leaves_the_state_before_whole(
+        run_train, tmp_path, rows_path, monkeypatch, function, call, limit, left):
     flags = ["--data", rows_path, "--max_steps", 6, "--save_every", 2]
     run_train(*flags, "--out_dir", tmp_path / "straight")
-    save, limits = checkpoint.save_state, resource.getrlimit(resource.RLIMIT_FSIZE)
+    save, limits = getattr(checkpoint, function), resource.getrlimit(resource.RLIMIT_FSIZE)
+    calls = []
 
-    def full(folder, step, *rest):
-        if step == 4:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
-        save(folder, step, *rest)
+    def full(*arguments):
+        calls.append(arguments)
+        if len(calls) == call:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        return save(*arguments)
 
-    monkeypatch.setattr(checkpoint, "save_state", full)
+    monkeypatch.setattr(checkpoint, function, full)
     try:
-        with pytest.raises(Exception, match="File too large"):
+        with pytest.raises(OSError, match="File too large"):
             run_train(*flags)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     monkeypatch.undo()
     states = os.listdir(tmp_path / "out" / "state")
-    assert "step-00000002" in states and "step-00000004" not in states
+    assert [name for name in states if not name.endswith(".tmp")] == [f"step-{left:08d}"]
+    assert not (tmp_path / "out" / "model.safetensors").exists()
     code, out, _ = run_train(*flags, "--resume")
-    assert code == 0 and "from step 2" in out
+    assert code == 0 and f"from step {left}" in out
+    assert not (tmp_path / "out" / "saving.tmp").exists()
     assert without_clock(tmp_path / "out") == without_clock(tmp_path / "straight")
 
 

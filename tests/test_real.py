@@ -44,8 +44,8 @@ def test_logps_equal_transformers_own_loss(smollm2, write_rows):
 
 
 def test_train_on_it(smollm2, run_train, write_rows, tmp_path):
-    path = write_rows(ROWS)
-    flags = ["--data", path, "--eval_data", path, "--model", smollm2, "--batch_size", 2]
+    flags = ["--data", write_rows(ROWS), "--eval_data", write_rows(ROWS, "the_same.jsonl"),
+             "--model", smollm2, "--batch_size", 2]
     code, out, err = run_train(*flags, "--eval_every", 2)
     assert code == 0, err
     steps, evaluations = read_metrics(tmp_path / "out")

@@ -12,16 +12,16 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import (ARCHITECTURES, ROOT, assert_one_line, build, random_pairs, read_lines,
+from conftest import (ARCHITECTURES, GROUPED, ROOT, assert_one_line, build, random_pairs, read_lines,
                       read_metrics, tiny_model)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 import eval as evaluation
 import rdpo
 import train
-from data import (collate, count_chosen, load_pairs, longest_row, micro_batches,
+from data import (collate, count_chosen, epoch_order, load_pairs, longest_row, micro_batches,
                   split_train_val)
 from infra.command import BadInput
 from infra.models import TOY_STUDENT
@@ -184,8 +184,8 @@ OVERFIT = ["--epochs", 30, "--learning_rate", 1e-3, "--temperature", 0.5, "--eva
 
 def test_overfits_8_pairs(run_train, tmp_path, toy_rows, write_rows):
     rows = [row for row in toy_rows if row["score_chosen"] > row["score_rejected"]][:8]
-    path = write_rows(rows)
-    assert run_train("--data", path, "--eval_data", path, *OVERFIT)[0] == 0
+    paths = "--data", write_rows(rows), "--eval_data", write_rows(rows, "the_same.jsonl")
+    assert run_train(*paths, *OVERFIT)[0] == 0
     steps, evaluations = read_metrics(tmp_path / "out")
     assert steps[-1]["rewards/accuracies"] == evaluations[-1]["eval/rewards/accuracies"] == 1.0
     assert steps[-1]["loss"] < 0.2
@@ -195,8 +195,8 @@ def test_overfitting_control_inverted_scores_turn_the_ranking_round(
         run_train, tmp_path, toy_rows, write_rows):
     rows = [row | {"score_chosen": row["score_rejected"], "score_rejected": row["score_chosen"]}
             for row in toy_rows if row["score_chosen"] > row["score_rejected"]][:8]
-    path = write_rows(rows)
-    run_train("--data", path, "--eval_data", path, *OVERFIT)
+    paths = "--data", write_rows(rows), "--eval_data", write_rows(rows, "the_same.jsonl")
+    run_train(*paths, *OVERFIT)
     steps, _ = read_metrics(tmp_path / "out")
     assert steps[-1]["rewards/accuracies"] == 0.0
     assert steps[-1]["rewards/score_agreement"] == 1.0
@@ -304,8 +304,8 @@ def test_a_learning_rate_of_0_changes_no_weight(run_train, toy_rows, write_rows)
 
 def test_steps_follow_the_files_rows_once_an_epoch(run_train, tmp_path, toy_rows, write_rows):
     """100 pairs in batches of 16: an epoch's last batch is short, no pair is lost or repeated."""
-    path = write_rows(toy_rows[:100])
-    run_train("--data", path, "--eval_data", path, "--epochs", 2, "--eval_every", 1000)
+    run_train("--data", write_rows(toy_rows[:100]), "--epochs", 2, "--eval_every", 1000,
+              "--eval_data", write_rows(toy_rows[:100], "the_same.jsonl"))
     steps, _ = read_metrics(tmp_path / "out")
     assert len(steps) == 14
     assert sum(line["tokens"] for line in steps[:7]) == sum(line["tokens"] for line in steps[7:])
@@ -327,6 +327,31 @@ def test_step_0_gate_stops_a_stale_cache(run_train, tmp_path, toy_rows, write_ro
     rdpo.save_file(content, cache)
     code, _, err = run_train("--data", path, "--max_steps", 1, "--overwrite")
     assert code == 2 and "step 0" in err and str(cache) in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("stale, checks", [
+    ("one validation pair", 0), ("all validation pairs", 16), ("the first batch", 0),
+    ("training pairs after the first batch", 16)])
+def test_cached_pairs_beyond_the_first_batch_are_checked(
+        run_train, tmp_path, toy_rows, write_rows, toy_tokenizer, monkeypatch, stale, checks):
+    flags = ["--data", write_rows(toy_rows[:100]), "--max_steps", 1, "--batch_size", 8]
+    assert run_train(*flags)[0] == 0
+    train_pairs, val_pairs = train.load_train_val(args_for(data=flags[1]), toy_tokenizer)
+    order = [train_pairs[i] for i in epoch_order(len(train_pairs), 0, 0)]
+    pairs = {"one validation pair": val_pairs[-1:], "all validation pairs": val_pairs,
+             "the first batch": order[:8]}.get(stale, order[8:])
+    keys = {rdpo.sequence_key(pair.prompt_ids, pair.chosen_ids) for pair in pairs}
+    (cache,) = (tmp_path / "cache").iterdir()
+    content = load_file(cache)
+    content["logps"] += 20 * torch.tensor([key.numpy().tobytes() in keys
+                                           for key in content["keys"]])
+    rdpo.save_file(content, cache)
+    monkeypatch.setattr(train, "SPOT_CHECKS", checks)
+    code, _, err = run_train(*flags, "--overwrite")
+    assert code == 2 and "differ by up to 20" in err and f"delete {cache}" in err
+    # A resumed run has another policy, but before it loads its state it is the reference still.
+    if checks:
+        assert run_train(*flags, "--resume")[0] == 2
 
 
 def test_a_loss_scale_that_is_too_high_skips_steps_and_says_so(
@@ -385,6 +410,33 @@ def test_layout_is_one_answer_a_row_where_they_do_not(name, config, monkeypatch,
     monkeypatch.setitem(ARCHITECTURES, name, build(name, bos_token_id=0, eos_token_id=1, **config))
     assert train.choose_layout(tiny_model(name), random_pairs(12), args_for()) is False
     assert "layout: one answer per row" in capsys.readouterr().out
+
+
+def test_layout_is_one_answer_a_row_whatever_the_trial_raises(monkeypatch, capsys):
+    forward = LlamaModel.forward
+
+    def raises(*args, attention_mask=None, **kwargs):
+        return attention_mask.no_such_name if attention_mask is not None else forward(
+            *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", raises)
+    assert train.choose_layout(tiny_model(), random_pairs(12), args_for()) is False
+    assert "'Tensor' object has no attribute 'no_such_name'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("chunk", [8, 1000])
+def test_llama_4_whose_class_names_another_models_decoder(
+        run_train, write_rows, tmp_path, toy_rows, toy_tokenizer, monkeypatch, chunk):
+    """Its attention sees chunks; a row that is longer than one cannot hold both answers."""
+    monkeypatch.setitem(ARCHITECTURES, "llama4", build(
+        "Llama4", **GROUPED, head_dim=8, num_local_experts=2, intermediate_size_mlp=48,
+        attention_chunk_size=chunk))
+    tiny_model("llama4", len(toy_tokenizer)).save_pretrained(tmp_path / "model")
+    toy_tokenizer.save_pretrained(tmp_path / "model")
+    code, out, err = run_train("--data", write_rows(toy_rows[:30]), "--max_steps", 1, "--model",
+                               tmp_path / "model")
+    assert code == 0, err
+    assert ("layout: one answer per row" in out) == (chunk == 8)
 
 
 def test_layout_is_tried_on_the_longest_pair_that_a_batch_holds(monkeypatch):
