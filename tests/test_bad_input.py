@@ -393,6 +393,16 @@ def with_nan(content):
     return safetensors.torch.save(tensors)
 
 
+def of_other_types(content):
+    return safetensors.torch.save({name: tensor.double() for name, tensor
+                                   in safetensors.torch.load(content).items()})
+
+
+def of_other_lengths(content):
+    tensors = safetensors.torch.load(content)
+    return safetensors.torch.save(tensors | {"logps": tensors["logps"][1:].clone()})
+
+
 def empty(content):
     return b""
 
@@ -408,7 +418,8 @@ DAMAGES = {  # file: (ways to damage it; None: take it away)
     "out/args.json": (cut, empty, garbage, lists, None),
     "out/metrics.jsonl": (garbage, lambda content: b"[1, 2]\n" + content,
                           lambda content: b'{"step": null}\n' + content),
-    "cache/reference": (cut, empty, garbage, other_tensors, with_nan)}
+    "cache/reference": (cut, empty, garbage, other_tensors, of_other_types, of_other_lengths,
+                        with_nan)}
 
 
 def test_damaged_files_of_an_earlier_run(run_train, write_rows, tmp_path):
