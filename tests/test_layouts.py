@@ -170,6 +170,27 @@ def test_chunks_equal_full_logits(scale, cap, monkeypatch):
                    for one, other in zip(control, expected))
 
 
+def test_a_chunk_fills_its_bytes_and_holds_a_token_at_least(monkeypatch):
+    (hidden, weight, bias), *_ = head_inputs()
+    for size, tokens in ((1, 1), (28 * len(weight), 7), (28 * len(weight) - 1, 6)):
+        monkeypatch.setitem(rdpo.HEAD_BYTES, "cpu", size)
+        chunks = [logits for _, logits in rdpo.logits_in_chunks(hidden, weight, bias, 1.0, None)]
+        assert len(chunks[0]) == tokens and sum(map(len, chunks)) == len(hidden)
+
+
+def test_a_float32_head_learns_from_16_bit_states():
+    (hidden, weight, bias), targets, coefficients = head_inputs()
+
+    def head(dtype):
+        return TokenLogps.apply(hidden.to(dtype), weight, bias, targets, 1.0, None)
+
+    exact, rounded = (run_head(lambda dtype=dtype: head(dtype), (hidden, weight, bias),
+                               coefficients) for dtype in (torch.float32, torch.bfloat16))
+    for one, other in zip(exact, rounded):
+        assert other.dtype == torch.float32
+        assert 0 < (one - other).abs().max() < 0.03 * one.abs().max()
+
+
 def test_the_heads_gradient_is_added_to_the_one_that_is_there():
     tensors, targets, coefficients = head_inputs()
     weight = tensors[1]
@@ -185,6 +206,16 @@ def test_the_heads_gradient_is_added_to_the_one_that_is_there():
     weight.grad = None
     backward()
     assert weight.grad is None
+
+
+@torch.no_grad()
+def test_the_mask_has_the_dtype_of_the_models_products():
+    """Another dtype would be copied in every layer, or refused by the attention kernel."""
+    model, batch = tiny_model("mistral_window"), collate(random_pairs(2), share_prefix=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert rdpo.attention_mask(model, batch).dtype == torch.bfloat16
+    assert rdpo.attention_mask(model, batch).dtype == torch.float32
+    assert rdpo.attention_mask(model.bfloat16(), batch).dtype == torch.bfloat16
 
 
 @torch.no_grad()

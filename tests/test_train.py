@@ -12,8 +12,8 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import (ARCHITECTURES, GROUPED, ROOT, assert_one_line, build, random_pairs, read_lines,
-                      read_metrics, tiny_model)
+from conftest import (ARCHITECTURES, GROUPED, ROOT, assert_one_line, build, random_pairs,
+                      read_lines, read_metrics, tiny_model)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
@@ -23,6 +23,7 @@ import rdpo
 import train
 from data import (collate, count_chosen, epoch_order, load_pairs, longest_row, micro_batches,
                   split_train_val)
+from infra import checkpoint
 from infra.command import BadInput
 from infra.models import TOY_STUDENT
 from infra.selfcheck import check_equal
@@ -610,6 +611,30 @@ def test_a_signal_saves_and_exits(tmp_path, toy_rows, write_rows, number, code):
     assert process.returncode == code and stderr == ""
     step = int(os.listdir(out / "state")[0].removeprefix("step-"))
     assert step >= 6 and f"stopped after step {step}" in stdout and "--resume" in stdout
+
+
+def test_a_signal_within_the_loop_saves_and_a_second_one_ends(
+        run_train, tmp_path, toy_rows, write_rows, monkeypatch):
+    """In this process: the second SIGINT is Python's own again, unless several ranks run."""
+    learning_rate, handlers = train.learning_rate, []
+
+    def interrupted(step, *others):
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+            handlers.append(signal.getsignal(signal.SIGINT))
+        return learning_rate(step, *others)
+
+    monkeypatch.setattr(train, "learning_rate", interrupted)
+    flags = ["--data", write_rows(toy_rows[:60]), "--max_steps", 5]
+    code, out, err = run_train(*flags)
+    assert code == 130 and "stopped after step 3, saved" in out and err == ""
+    assert os.listdir(tmp_path / "out" / "state") == ["step-00000003"]
+    assert handlers == [signal.SIG_DFL]
+    monkeypatch.setattr(checkpoint.dist, "world_size", lambda: 2)
+    stop = checkpoint.StopSignal()
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == stop.receive
 
 
 def test_resume_needs_the_same_flags_and_rows(run_train, tmp_path, toy_rows, write_rows):
