@@ -23,7 +23,6 @@ import rdpo
 import train
 from data import (collate, count_chosen, epoch_order, load_pairs, longest_row, micro_batches,
                   split_train_val)
-from infra import checkpoint
 from infra.command import BadInput
 from infra.models import TOY_STUDENT
 from infra.selfcheck import check_equal
@@ -630,8 +629,8 @@ def test_a_signal_within_the_loop_saves_and_a_second_one_ends(
     assert code == 130 and "stopped after step 3, saved" in out and err == ""
     assert os.listdir(tmp_path / "out" / "state") == ["step-00000003"]
     assert handlers == [signal.SIG_DFL]
-    monkeypatch.setattr(checkpoint.dist, "world_size", lambda: 2)
-    stop = checkpoint.StopSignal()
+    monkeypatch.setattr(train.dist, "world_size", lambda: 2)
+    stop = train.checkpoint.StopSignal()
     signal.raise_signal(signal.SIGTERM)
     assert stop.number == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == stop.receive
