@@ -119,7 +119,7 @@ def show(name, folder, losses, trained_margin, student, pairs, tau):
     changed /= sum(weight.numel() for weight in weights.values())
     losses_shown = " ".join(f"{loss:.3f}" for loss in losses)
     print(f"{name:46s}  {losses_shown:>23s}  {trained_margin:+6.2f} | {loss:11.3f}  "
-          f"{margins.mean():+6.2f}  {margins.mean() / trained_margin:4.0%}  {changed:7.1%}",
+          f"{margins.mean():+6.2f}  {margins.mean() / trained_margin:5.0%}  {changed:7.1%}",
           flush=True)
     if AutoConfig.from_pretrained(folder).dtype == torch.float32:
         show("    the same, cast to bf16", cast_to_bf16(folder, f"{folder}/cast"), losses,

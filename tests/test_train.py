@@ -336,7 +336,7 @@ def test_cached_pairs_beyond_the_first_batch_are_checked(
         run_train, tmp_path, toy_rows, write_rows, toy_tokenizer, monkeypatch, stale, checks):
     flags = ["--data", write_rows(toy_rows[:100]), "--max_steps", 1, "--batch_size", 8]
     assert run_train(*flags)[0] == 0
-    train_pairs, val_pairs = train.load_train_val(args_for(data=flags[1]), toy_tokenizer)
+    train_pairs, val_pairs = train.load_train_val(args_for(data=[flags[1]]), toy_tokenizer)
     order = [train_pairs[i] for i in epoch_order(len(train_pairs), 0, 0)]
     pairs = {"one validation pair": val_pairs[-1:], "all validation pairs": val_pairs,
              "the first batch": order[:8]}.get(stale, order[8:])
@@ -384,7 +384,7 @@ def test_16_bit_noise_passes_and_a_wrong_answer_does_not(count):
 
 def test_dsc_trains_on_accepted_revisions_only(toy_rows, write_rows, toy_tokenizer, capsys):
     path, eval_path = write_rows(toy_rows[:100]), write_rows(toy_rows[:100], "eval.jsonl")
-    args = args_for(loss="dsc", data=path, eval_data=eval_path)
+    args = args_for(loss="dsc", data=[path], eval_data=[eval_path])
     train_pairs, val_pairs = train.load_train_val(args, toy_tokenizer)
     accepted = sum(row["score_chosen"] > row["score_rejected"] for row in toy_rows[:100])
     assert f"dsc: {accepted} of 100" in capsys.readouterr().out
@@ -505,10 +505,10 @@ def test_warns_when_all_scores_tie_and_when_many_rows_are_dropped(
         toy_rows, write_rows, toy_tokenizer, capsys):
     rows = [row | {"score_chosen": 3, "score_rejected": 3} for row in toy_rows[:40]]
     rows[:10] = [row | {"chosen": row["rejected"]} for row in rows[:10]]
-    train.load_train_val(args_for(data=write_rows(rows)), toy_tokenizer)
+    train.load_train_val(args_for(data=[write_rows(rows)]), toy_tokenizer)
     err = capsys.readouterr().err
     assert "all scores tie" in err and "10 of 40 rows were left out" in err
-    train.load_train_val(args_for(data=write_rows(toy_rows[:40])), toy_tokenizer)
+    train.load_train_val(args_for(data=[write_rows(toy_rows[:40])]), toy_tokenizer)
     assert capsys.readouterr().err == ""
 
 
