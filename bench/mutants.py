@@ -37,7 +37,7 @@ TARGETS = {  # file -> names of its functions and constants, None: all
                   "BEFORE_NUMBER", "AFTER_NUMBER", "SCALE", "VERDICT", "PLACEHOLDER")}
 TESTS = [f"tests/test_{name}.py" for name in (
     "rdpo", "layouts", "data", "rounding", "lora", "verdicts", "reward", "toy", "bad_input",
-    "train", "distributed")]
+    "train", "distributed", "checkpoint")]
 # Tests that take long, start processes, or measure time.
 LEFT_OUT = ("real_process or signal_saves or compile or to_nearest_it_is_not or "
             "time_is_linear")

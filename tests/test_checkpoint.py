@@ -1,0 +1,104 @@
+"""The files of a training run, one function at a time. Whole runs are in test_train.py."""
+import copy
+import json
+import os
+import types
+
+import pytest
+import torch
+from conftest import random_pairs, read_lines
+
+import train
+from infra import checkpoint
+from infra.command import BadInput
+
+
+def args_of(folder, *flags):
+    return train.get_args(["--data", "none", "--out_dir", str(folder), *map(str, flags)])
+
+
+@pytest.mark.parametrize("content, flags, message", [
+    ([], [], None), (["args.json"], ["--resume"], None), (["args.json"], ["--overwrite"], None),
+    (None, ["--resume"], None), (None, ["--overwrite"], None), ([], ["--resume"], None),
+    (["args.json"], [], "holds an earlier run"), (["letter"], [], "holds no run"),
+    (["letter"], ["--resume"], "holds no run"), (["letter"], ["--overwrite"], "holds no run"),
+    (["args.json"], ["--resume", "--beta", 0.3], "--beta is 0.3, but the run in .* has 0.1"),
+    (["args.json"], ["--resume", "--seed", 1, "--save_every", 3], "--seed is 1"),
+    (["args.json"], ["--resume", "--save_every", 3, "--cache_dir", "c"], None),
+    (["args.json"], ["--overwrite", "--beta", 0.3], None)], ids=str)
+def test_out_dir_is_new_or_holds_the_run_to_continue_or_to_delete(
+        tmp_path, content, flags, message):
+    folder = tmp_path / "out"
+    if content is not None:
+        folder.mkdir()
+        for name in content:
+            (folder / name).write_text(json.dumps(vars(args_of(folder)) | {"older": 1}))
+    if message:
+        with pytest.raises(BadInput, match=message):
+            checkpoint.check_out_dir(args_of(folder, *flags))
+    else:
+        checkpoint.check_out_dir(args_of(folder, *flags))
+    assert sorted(os.listdir(folder) if folder.exists() else []) == (content or [])
+
+
+def test_out_dir_is_not_the_students_own(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    for out_dir in (tmp_path, tmp_path / "link"):
+        with pytest.raises(BadInput, match="--model's own folder"):
+            checkpoint.check_out_dir(args_of(out_dir, "--model", tmp_path))
+
+
+def test_metrics_go_on_after_the_step_that_was_saved(tmp_path):
+    def steps(first_step, *flags):
+        """The steps in metrics.jsonl after a run that begins at first_step has logged one."""
+        checkpoint.begin_out_dir(args_of(tmp_path, *flags), first_step).log(step=first_step + 1)
+        return [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")]
+
+    assert steps(2, "--resume") == [3]  # somebody has deleted the file
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {i}}}\n' for i in range(6)) + '{"s')
+    assert steps(3, "--resume") == [0, 1, 2, 3, 4]
+    (tmp_path / "curves.png").write_text("")
+    assert steps(0, "--resume") == [1] and (tmp_path / "curves.png").exists()
+    assert steps(0, "--overwrite") == [1] and not (tmp_path / "curves.png").exists()
+    written = json.loads((tmp_path / "args.json").read_text())
+    assert written["overwrite"] is True and written["torch"] == torch.__version__
+
+
+def test_a_state_takes_the_place_of_older_and_of_half_written_ones(tmp_path):
+    def parts():
+        masters = torch.nn.Linear(3, 2)
+        return masters, torch.optim.AdamW(masters.parameters()), torch.amp.GradScaler("cpu")
+
+    masters, optimizer, scaler = parts()
+    masters(torch.ones(3)).sum().backward()
+    optimizer.step()
+    scaler.load_state_dict(scaler.state_dict() | {"scale": 8.0})
+    args = args_of(tmp_path)
+    for name in ("step-00000009", "step-00000010.tmp", "step-00000011.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "junk").write_text("half")
+    assert checkpoint.newest_state(tmp_path) == os.path.join(tmp_path, "step-00000009")
+    checkpoint.save_state(tmp_path, 10, masters, optimizer, scaler, args, "these rows")
+    assert os.listdir(tmp_path) == ["step-00000010"]
+    assert sorted(os.listdir(tmp_path / "step-00000010")) == ["model.safetensors", "training.pt"]
+    other = parts()
+    assert checkpoint.load_state(tmp_path, *other, args, "these rows") == 10
+    assert torch.equal(other[0].weight, masters.weight) and other[2].get_scale() == 8
+    moments = [each.state_dict()["state"][0]["exp_avg"] for each in (optimizer, other[1])]
+    assert torch.equal(*moments) and moments[0].any()
+    with pytest.raises(BadInput, match="other rows"):
+        checkpoint.load_state(tmp_path, *parts(), args, "other rows")
+    assert checkpoint.load_state(tmp_path / "missing", *parts(), args, "these rows") == 0
+
+
+def test_the_hash_of_a_runs_data_changes_with_each_of_its_parts():
+    def data(change=lambda pair: None, tau=0.25):
+        pairs = copy.deepcopy(random_pairs(3))
+        change(pairs[1])
+        return types.SimpleNamespace(pairs=pairs, tau=torch.tensor([0.5, tau, 1.0]))
+
+    others = [data(tau=0.26)] + [data(lambda pair, name=name: getattr(pair, name).append(5))
+                                 for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    hashes = [checkpoint.content_hash(other, "weights") for other in [data(), *others]]
+    assert len({*hashes, checkpoint.content_hash(data(), "other weights")}) == 6
+    assert checkpoint.content_hash(data(), "weights") == hashes[0]
