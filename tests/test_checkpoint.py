@@ -23,13 +23,17 @@ def args_of(folder, *flags):
     (["args.json"], [], "holds an earlier run"), (["letter"], [], "holds no run"),
     (["letter"], ["--resume"], "holds no run"), (["letter"], ["--overwrite"], "holds no run"),
     (["args.json"], ["--resume", "--beta", 0.3], "--beta is 0.3, but the run in .* has 0.1"),
-    (["args.json"], ["--resume", "--seed", 1, "--save_every", 3], "--seed is 1"),
+    (["args.json"], ["--resume", "--seed", 1, "--warmup", 0, "--beta", 0.3, "--epochs", 2,
+                     "--batch_size", 3, "--save_every", 3], "--batch_size is 3"),
+    ("a file", ["--overwrite"], "holds no run"),
     (["args.json"], ["--resume", "--save_every", 3, "--cache_dir", "c"], None),
     (["args.json"], ["--overwrite", "--beta", 0.3], None)], ids=str)
 def test_out_dir_is_new_or_holds_the_run_to_continue_or_to_delete(
         tmp_path, content, flags, message):
     folder = tmp_path / "out"
-    if content is not None:
+    if content == "a file":
+        folder.write_text(content)
+    elif content is not None:
         folder.mkdir()
         for name in content:
             (folder / name).write_text(json.dumps(vars(args_of(folder)) | {"older": 1}))
@@ -38,7 +42,8 @@ def test_out_dir_is_new_or_holds_the_run_to_continue_or_to_delete(
             checkpoint.check_out_dir(args_of(folder, *flags))
     else:
         checkpoint.check_out_dir(args_of(folder, *flags))
-    assert sorted(os.listdir(folder) if folder.exists() else []) == (content or [])
+    if folder.is_dir():
+        assert os.listdir(folder) == (content or [])
 
 
 def test_out_dir_is_not_the_students_own(tmp_path):
@@ -60,6 +65,7 @@ def test_metrics_go_on_after_the_step_that_was_saved(tmp_path):
     (tmp_path / "curves.png").write_text("")
     assert steps(0, "--resume") == [1] and (tmp_path / "curves.png").exists()
     assert steps(0, "--overwrite") == [1] and not (tmp_path / "curves.png").exists()
+    checkpoint.begin_out_dir(args_of(tmp_path / "new", "--overwrite"), 0)
     written = json.loads((tmp_path / "args.json").read_text())
     assert written["overwrite"] is True and written["torch"] == torch.__version__
 
@@ -74,7 +80,7 @@ def test_a_state_takes_the_place_of_older_and_of_half_written_ones(tmp_path):
     optimizer.step()
     scaler.load_state_dict(scaler.state_dict() | {"scale": 8.0})
     args = args_of(tmp_path)
-    for name in ("step-00000009", "step-00000010.tmp", "step-00000011.tmp"):
+    for name in [f"step-{i:08d}" for i in range(9, 0, -1)] + ["step-00000010.tmp"]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "junk").write_text("half")
     assert checkpoint.newest_state(tmp_path) == os.path.join(tmp_path, "step-00000009")
