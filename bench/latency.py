@@ -5,7 +5,7 @@
 Rate: toy/server.py takes 0.2 s per reply; 300 rows, 32 at a time. The ideal is 32 / 0.2 s = 160
 requests per second. At most 0.94 of that is possible: 300 rows are 9.4 rounds of 32, and the last
 round is not full. Memory: the peak of teacher.py and reward.py when they continue a file with all
-but 500 of 100,000 rows finished, which is when they hold the most.
+but 500 of 100,000 rows finished, which is when they hold the most; 64 rows in work at once.
 """
 import json
 import os
@@ -59,7 +59,8 @@ def measure_rate(folder):
 
 def measure_memory(folder):
     server, url = start_server()
-    common = ["--task", f"{ROOT}/toy/task.toml", "--base_url", url, "--model", "toy"]
+    common = ["--task", f"{ROOT}/toy/task.toml", "--base_url", url, "--model", "toy",
+              "--concurrency", "64"]
     distinct = world.make_prompts("train", 900, 0)
     prompts = [distinct[i % 900] | {"id": f"row-{i:06d}", "note": "n" * 500} for i in range(MANY)]
     with open(f"{ROOT}/toy/scored.jsonl", encoding="utf-8") as file:
