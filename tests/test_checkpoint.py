@@ -2,6 +2,7 @@
 import copy
 import json
 import os
+import pickle
 import types
 
 import pytest
@@ -95,6 +96,25 @@ def test_a_state_takes_the_place_of_older_and_of_half_written_ones(tmp_path):
     with pytest.raises(BadInput, match="other rows"):
         checkpoint.load_state(tmp_path, *parts(), args, "other rows")
     assert checkpoint.load_state(tmp_path / "missing", *parts(), args, "these rows") == 0
+
+
+class Evil:
+    """Pickled, it is a call of mkdir."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_state_is_data_and_never_runs_code(tmp_path):
+    (tmp_path / "step-00000001").mkdir()
+    torch.save({"data": "these rows", "step": Evil(tmp_path / "run")},
+               tmp_path / "step-00000001" / "training.pt")
+    with pytest.raises((BadInput, pickle.UnpicklingError)):
+        checkpoint.load_state(tmp_path, None, None, None, args_of(tmp_path), "these rows")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_hash_of_a_runs_data_changes_with_each_of_its_parts():

@@ -135,6 +135,24 @@ def test_under_float32_the_masters_are_the_weights():
     assert all(torch.equal(before[name], weight) for name, weight in model.named_parameters())
 
 
+def test_a_student_is_saved_from_the_masters_or_as_it_computed():
+    model = tiny_model("llama_tied").bfloat16().float()
+    masters = Masters(model, torch.bfloat16, seed=0)
+    with torch.no_grad():
+        for master in masters.parameters():
+            master += 1e-4 * torch.randn_like(master)
+    masters.round(1)
+    wide, narrow = (checkpoint.student_weights(model, masters, dtype, seed=0)
+                    for dtype in (torch.float32, torch.bfloat16))
+    weights = dict(model.named_parameters())
+    assert wide.keys() == narrow.keys() == weights.keys()
+    for name, master in masters.named_parameters():
+        name = name.replace("/", ".")
+        assert torch.equal(wide[name], master) and wide[name].dtype == torch.float32
+        assert torch.equal(narrow[name], weights[name].bfloat16())
+        assert not torch.equal(narrow[name].float(), master)
+
+
 # ----------------------------------------------------------------------------------- whole runs
 
 SMALL_STEPS = ["--max_steps", 16, "--eval_every", 16, "--learning_rate", 4e-5, "--batch_size", 16]
