@@ -355,6 +355,7 @@ def run_cases(kind, seeds, until=float("inf")):
         for seed in seeds:
             if time.monotonic() > until:
                 break
+            data.control_tokens.cache_clear()  # it keeps each case's tokenizer
             for command, code, found in run_case(kind, seed, template):
                 codes["traceback" if isinstance(code, str) else code] += 1
                 for fault in found:
