@@ -66,6 +66,7 @@ def test_metrics_go_on_after_the_step_that_was_saved(tmp_path):
     (tmp_path / "curves.png").write_text("")
     assert steps(0, "--resume") == [1] and (tmp_path / "curves.png").exists()
     assert steps(0, "--overwrite") == [1] and not (tmp_path / "curves.png").exists()
+    (tmp_path / "new").mkdir()
     checkpoint.begin_out_dir(args_of(tmp_path / "new", "--overwrite"), 0)
     written = json.loads((tmp_path / "args.json").read_text())
     assert written["overwrite"] is True and written["torch"] == torch.__version__
