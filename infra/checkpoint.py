@@ -169,7 +169,7 @@ def newest_state(folder):
 
 
 # What torch, pickle and safetensors raise for files that are cut, empty, missing or not theirs.
-UNREADABLE = (CheckpointException, EOFError, KeyError, OSError, RuntimeError, SafetensorError,
+UNREADABLE = (CheckpointException, EOFError, LookupError, OSError, RuntimeError, SafetensorError,
               TypeError, UnpicklingError, ValueError)
 
 

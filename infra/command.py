@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -28,6 +29,12 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False)
+
+    def parse_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if re.fullmatch("--[a-z_]+=--", word):  # argparse would take it for an empty list
+                self.error(f"{word}: give a value")
+        return super().parse_args(args, namespace)
 
     def error(self, message):
         raise BadInput(f"{message.removeprefix('argument ')}; see --help")
@@ -85,6 +92,8 @@ def path(text):
     """An argparse type: a path or a hub id. Empty text is an unset variable of a shell."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; give a path, or leave the flag out")
+    if any("\ud800" <= c <= "\udfff" for c in text):  # so Python shows bytes that are not UTF-8
+        raise argparse.ArgumentTypeError("is not UTF-8; rename the file or folder")
     return text
 
 
@@ -103,7 +112,7 @@ def run(main):
         if os.environ.get("LOCAL_RANK", "0") != "0":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)  # a file's name may have two
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -7,6 +7,7 @@ import re
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -59,17 +60,22 @@ def load_model(model, dtype=torch.float32):
     """The model of a folder or hub id in eval mode, with SDPA attention. BadInput if it fails."""
     check_model_name(model)
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # a table of missing weights: see below
     # On Hopper GPUs SDPA prefers cuDNN, whose backward gives nan for some masked rows
     # (github.com/pytorch/pytorch/issues/196678) and which plans anew for every shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
-    except (OSError, ValueError) as error:
+        loaded, found = AutoModelForCausalLM.from_pretrained(model, dtype=dtype,
+                                                             output_loading_info=True)
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise BadInput(f"--model {model}: cannot be loaded ({first_line(error)}); "
                        "--model takes a model folder or a hub id") from error
+    missing = sorted(found["missing_keys"])  # transformers would make them up at random
+    refuse(f"--model {model}", (missing, f"its files lack {len(missing)} of the weights, such as "
+                                         f"{''.join(missing[:1])}; fetch it again"))
     if loaded.base_model is loaded:  # Llama4ForCausalLM: its prefix is that of the larger model
         loaded.base_model_prefix = "model"
-    return loaded
+    return loaded.eval()
 
 
 def position_limit(model):

@@ -564,3 +564,28 @@ def test_a_tokenizer_without_an_end_token(tmp_path, toy_tokenizer, run_train, wr
     tokenizer.save_pretrained(tmp_path / "model")
     result = run_train("--data", write_rows([ROW]), "--model", tmp_path / "model")
     assert_one_line(result, "no eos token")
+
+
+@pytest.mark.parametrize("flags, parts", [
+    (["--loss=--"], ["--loss=--: give a value"]), (["--save_every=--"], ["give a value"]),
+    (["--out_dir", "a\udcff"], ["--out_dir", "is not UTF-8"]),
+    (["--eval_data", "a\nb"], ["a b: No such file"])], ids=str)
+def test_odd_words_are_one_line(run_train, write_rows, flags, parts):
+    assert_one_line(run_train("--data", write_rows(rows_with(30)), *flags), *parts)
+
+
+@pytest.mark.parametrize("damage", ["cut", "a weight is missing", "garbage"])
+def test_a_student_whose_weights_are_damaged(run_train, write_rows, tmp_path, damage):
+    model = tmp_path / "model"
+    shutil.copytree(TOY_STUDENT, model)
+    path = model / "model.safetensors"
+    if damage == "a weight is missing":
+        weights = safetensors.torch.load_file(path)
+        weights["model.layers.0.odd"] = weights.pop("model.layers.0.mlp.up_proj.weight")
+        safetensors.torch.save_file(weights, path, {"format": "pt"})
+    else:
+        path.write_bytes(path.read_bytes()[:5000] if damage == "cut" else b"garbage" * 999)
+    result = run_train("--data", write_rows(rows_with(30)), "--model", model)
+    assert_one_line(result, "--model", "lack 1 of the weights" if "missing" in damage
+                    else "cannot be loaded")
+    assert not (tmp_path / "out").exists()
