@@ -1,10 +1,12 @@
 """Rows, chat templates, truncation, splits and micro-batches."""
+import copy
 import dataclasses
 import json
 import os
 import random
 
 import pytest
+import torch
 from conftest import ROOT, random_pairs
 
 import data
@@ -643,3 +645,30 @@ def test_the_report_has_a_histogram_per_judge_and_says_if_they_do_not_mix(
     assert "unknown scale" not in out
     _, out, _ = run_stage(data, write_rows(toy_rows[20:60] + [safety[0] | {"judge": "m"}]))
     assert "train.py would stop at" in out and "scored by m on an unknown scale" in out
+
+
+# ------------------------------------------------------------------- what small faults had shown
+
+
+def test_a_batch_is_filled_to_the_token():
+    one = Pair("", "", [1] * 4, [1] * 3, [1] * 3, None, None)
+    size = batch_tokens(one, True)
+    assert micro_batches([one] * 4, range(4), 2 * size, True) == [[0, 1], [2, 3]]
+    assert micro_batches([one] * 4, range(4), 2 * size - 1, True) == [[0], [1], [2], [3]]
+
+
+def test_a_batch_moves_whole():
+    batch = collate(random_pairs(2), True).to(torch.device("meta"))
+    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 5 and all(tensor.is_meta for tensor in tensors)
+
+
+def test_no_second_beginning_of_text(tokenizer):
+    """Tokenizers may put one before every text; the template's own is the only one here."""
+    from tokenizers.processors import TemplateProcessing
+    adds = copy.deepcopy(tokenizer)
+    adds.backend_tokenizer.post_processor = TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", adds.bos_token_id)])
+    assert adds("tea").input_ids[0] == adds.bos_token_id
+    assert data.token_ids(adds, "tea") == data.token_ids(tokenizer, "tea")
+    assert adds.bos_token_id not in data.token_ids(adds, "tea")

@@ -98,6 +98,9 @@ def only_writer_of(path):
 def test_a_refused_run_leaves_no_folder(run_train, tmp_path, write_rows):
     assert_one_line(run_train("--data", write_rows([{"prompt": 3}])), "rows.jsonl:1")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()  # the user's own, maybe mounted there
+    assert_one_line(run_train("--data", write_rows([{"prompt": 3}])), "rows.jsonl:1")
+    assert os.listdir(tmp_path / "out") == []
 
 
 def test_a_full_disk_keeps_the_finished_rows(toy_server, write_rows, tmp_path, run_stage):
