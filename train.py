@@ -454,9 +454,6 @@ def load_train_val(args, tokenizer):
             warn(f"{seen} of {len(val_pairs)} pairs of --eval_data have a prompt of --data")
     else:
         pairs, val_pairs = split_train_val(pairs, args.eval_share, args.seed)
-    note = template_note(tokenizer, pairs[0].prompt)
-    if note:
-        print(note)
     if args.loss == "dsc":  # trains only on revisions that scored higher
         accepted = [pair for pair in pairs if pair.gap > 0]
         print(f"dsc: {len(accepted)} of {len(pairs)} revisions scored above their originals")
@@ -464,6 +461,9 @@ def load_train_val(args, tokenizer):
     refuse("--data", (not pairs or not val_pairs,
                        f"{len(pairs)} pairs to train on and {len(val_pairs)} for validation; "
                        "give more rows, or --eval_data"))
+    note = template_note(tokenizer, pairs[0].prompt)
+    if note:
+        print(note)
     if args.loss == "rdpo" and all(pair.gap == 0 for pair in pairs):
         warn("all scores tie: tau is 1/2, so rdpo keeps the student where it is")
     return pairs, val_pairs

@@ -574,6 +574,11 @@ def test_odd_words_are_one_line(run_train, write_rows, flags, parts):
     assert_one_line(run_train("--data", write_rows(rows_with(30)), *flags), *parts)
 
 
+def test_no_pair_left_to_train_on(run_train, write_rows):
+    result = run_train("--data", write_rows(rows_with(30)), "--eval_share", 1)
+    assert_one_line(result, "--data: 0 pairs to train on and 30 for validation")
+
+
 @pytest.mark.parametrize("damage", ["cut", "a weight is missing", "garbage"])
 def test_a_student_whose_weights_are_damaged(run_train, write_rows, tmp_path, damage):
     model = tmp_path / "model"
