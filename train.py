@@ -80,6 +80,10 @@ class Dataset(NamedTuple):
     def tau(self):
         return self.columns[2]  # (P,)
 
+    def part(self, indices):
+        return self._replace(pairs=[self.pairs[i] for i in indices],
+                             columns=self.columns[:, list(indices)])
+
 
 # The order of forward()'s sums. The last two give rewards/score_agreement.
 METRICS = ("loss", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected",
@@ -147,9 +151,7 @@ def by_behaviour(data):
     indices = {}
     for i, pair in enumerate(data.pairs):
         indices.setdefault(pair.behaviour, []).append(i)
-    return {behaviour: data._replace(pairs=[data.pairs[i] for i in own],
-                                     columns=data.columns[:, own])
-            for behaviour, own in indices.items() if len(indices) > 1}
+    return {behaviour: data.part(own) for behaviour, own in indices.items() if len(indices) > 1}
 
 
 def policy_logps(policy, batch):
@@ -330,7 +332,7 @@ def train_student(args, device, dtype):
         print(table_line(0, {}, val_metrics))
 
     # Loop: one optimizer step per batch_size pairs.
-    probe = Dataset(val.pairs[:8], val.share_prefix, val.columns[:, :8])  # before each save
+    probe = val.part(range(len(val.pairs))[:8])  # before each save
     stop_signal = checkpoint.StopSignal()
     flat_gradients = dist.flat_gradients(masters)
     progress = tqdm(total=total_steps, initial=first_step, desc="training", unit="step",

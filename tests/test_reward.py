@@ -231,23 +231,33 @@ def test_bad_flags(others, message, scripted, run_stage, write_rows, tmp_path):
 # ---------------------------------------------------------------------- JSON verdicts and scales
 
 
-@pytest.mark.parametrize("refused", [False, True])
-def test_json_verdicts_ask_for_a_form_and_do_without_it_if_the_server_must(
-        refused, serve, run_stage, write_rows, tmp_path):
-    """The form holds a reply to the verdict's scale; the rows say by what they were judged."""
+@pytest.fixture
+def judge_that_refuses(serve):
+    """Starts a scripted server that answers 400 where a request has a parameter (None: never)."""
     class Judge(Scripted):
         def send_response(self, code):
-            last = self.server.requests[-1]
-            super().send_response(400 if refused and "response_format" in last else code)
+            refused = self.server.parameter in self.server.requests[-1]
+            super().send_response(400 if refused else code)
 
+    def start(parameter, script):
+        server = serve(ThreadingHTTPServer(("127.0.0.1", 0), Judge))
+        server.parameter, server.script, server.requests = parameter, script, []
+        return server
+
+    return start
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_json_verdicts_ask_for_a_form_and_do_without_it_if_the_server_must(
+        refused, judge_that_refuses, run_stage, write_rows, tmp_path):
+    """The form holds a reply to the verdict's scale; the rows say by what they were judged."""
     def script(path, request):
         if refused and "response_format" in request:
             return {"error": {"message": "response_format type 'json_schema' is unavailable"}}
         verdict = '{"reasons": "It said: 1 is low.", "Final score": 4}'
         return says("Fine. Final score: 3" if refused else verdict)
 
-    server = serve(ThreadingHTTPServer(("127.0.0.1", 0), Judge))
-    server.script, server.requests = script, []
+    server = judge_that_refuses("response_format" if refused else None, script)
     rows, out = write_rows([*ROWS[:2]]), tmp_path / "out.jsonl"
     flags = ["--task", TASK, "--data", rows, "--out", out, "--base_url", server.url, "--model",
              "judge", "--concurrency", 1]
@@ -321,12 +331,7 @@ def test_scales_of_more_than_one_digit_are_not_graded(lowest, highest):
 
 @pytest.mark.parametrize("refused", [False, True])
 def test_rows_keep_verdict_and_graded_score_at_no_extra_request(
-        refused, serve, run_stage, write_rows, tmp_path):
-    class Judge(Scripted):
-        def send_response(self, code):
-            last = self.server.requests[-1]
-            super().send_response(400 if refused and "logprobs" in last else code)
-
+        refused, judge_that_refuses, run_stage, write_rows, tmp_path):
     def script(path, request):
         if refused and "logprobs" in request:
             return {"error": {"message": "This model does not support `logprobs`."}}
@@ -340,8 +345,7 @@ def test_rows_keep_verdict_and_graded_score_at_no_extra_request(
                 {"token": "4", "logprob": -0.29, "top_logprobs": digits}]}
         return reply
 
-    server = serve(ThreadingHTTPServer(("127.0.0.1", 0), Judge))
-    server.script, server.requests = script, []
+    server = judge_that_refuses("logprobs" if refused else None, script)
     out = tmp_path / "out"
     code, _, err = run_stage(reward, *flags(server, write_rows(ROWS[:3]), out, task=TASK,
                                             concurrency=1))
