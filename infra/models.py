@@ -50,8 +50,8 @@ def load_tokenizer(model, template_kwargs=None):
              f"its chat template does not use `{name}`; correct or leave out --template_kwargs")
             for name in template_kwargs))
         tokenizer.chat_template = "".join(
-            f"{{%- if {name} is not defined %}}{{% set {name} = {json.dumps(value)} %}}"
-            "{% endif %}"
+            f"{{%- if {name} is not defined %}}"
+            f"{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}{{% endif %}}"
             for name, value in template_kwargs.items()) + template
     return tokenizer
 

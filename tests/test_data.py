@@ -310,6 +310,9 @@ def test_template_kwargs_become_defaults_that_a_saved_tokenizer_keeps(tokenizer,
     messages = [{"role": "user", "content": "Hi."}]  # whoever asks may still choose
     assert without.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
                                        enable_thinking=True) == asked
+    named = load_tokenizer(str(tmp_path), {"enable_thinking": 'a "\u00e9\U0001f600\\n'})
+    named.chat_template = named.chat_template.replace(SWITCHED, "{{ enable_thinking }}")
+    assert data.prompt_text(named, "Hi.") == 'a "\u00e9\U0001f600\\n'
     with pytest.raises(BadInput, match="does not use `enable_thinkin`"):
         load_tokenizer(str(tmp_path), {"enable_thinkin": False})
 
