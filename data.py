@@ -362,7 +362,7 @@ def batch_tokens(pair, share_prefix):
     return 2 * longest_row(pair)
 
 
-def micro_batches(pairs, indices, tokens_per_batch, share_prefix=False, rank=0, world_size=1):
+def micro_batches(pairs, indices, tokens_per_batch, share_prefix, rank=0, world_size=1):
     """Split the pairs at `indices` into one rank's micro-batches: lists of indices.
 
     A micro-batch holds pairs of similar length, at most tokens_per_batch tokens with padding; a

@@ -7,11 +7,14 @@ import types
 
 import pytest
 import torch
-from conftest import random_pairs, read_lines
+from conftest import random_pairs, read_lines, tiny_model
 
 import train
 from infra import checkpoint
 from infra.command import BadInput
+from infra.lora import add_lora
+from infra.models import sample_weights
+from infra.rounding import Masters
 
 
 def args_of(folder, *flags):
@@ -70,6 +73,41 @@ def test_metrics_go_on_after_the_step_that_was_saved(tmp_path):
     checkpoint.begin_out_dir(args_of(tmp_path / "new", "--overwrite"), 0)
     written = json.loads((tmp_path / "args.json").read_text())
     assert written["overwrite"] is True and written["torch"] == torch.__version__
+
+
+def student_of(model, dtype):
+    return checkpoint.student_weights(model, Masters(model, torch.float32, 0), dtype, seed=0)
+
+
+def test_the_largest_number_of_a_dtype_can_be_saved_and_no_larger_one():
+    model, top = tiny_model(), torch.finfo(torch.float16).max
+    weight = model.base_model.norm.weight
+    weight.data[0] = top
+    assert student_of(model, torch.float16)["model.norm.weight"][0] == top
+    weight.data[0] = 2 * top
+    with pytest.raises(BadInput, match="float16 cannot hold the weights of model.norm.weight;"):
+        student_of(model, torch.float16)
+
+
+def test_buffers_are_saved_as_they_are():
+    model = tiny_model()
+    model.register_buffer("bound", torch.tensor([float("inf"), 1 / 3]))
+    saved = student_of(model, torch.float16)["bound"]
+    assert saved.dtype == torch.float32 and torch.equal(saved, model.bound)
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora_rank", 2, "--save_adapter"]], ids=str)
+def test_an_export_leaves_out_what_a_killed_one_left(tmp_path, toy_tokenizer, flags):
+    args, model = args_of(tmp_path, *flags), tiny_model()
+    if flags:
+        add_lora(model, 2, 4.0)
+    (tmp_path / "saving.tmp").mkdir()
+    (tmp_path / "saving.tmp" / "half").write_text("half")
+    checkpoint.export(model, Masters(model, torch.float32, 0), toy_tokenizer, torch.float32,
+                      sample_weights(dict(model.named_parameters())), args)
+    name = "adapter_model.safetensors" if flags else "model.safetensors"
+    assert name in os.listdir(tmp_path) and "half" not in os.listdir(tmp_path)
+    assert "saving.tmp" not in os.listdir(tmp_path)
 
 
 def test_a_state_takes_the_place_of_older_and_of_half_written_ones(tmp_path):

@@ -293,6 +293,15 @@ def test_prompt_ids_are_a_prefix_and_one_end_of_turn_closes_the_answer(tokenizer
     assert text[len(prompt_text):].removesuffix("<|im_end|>").strip() == answer.strip()
 
 
+def test_an_answer_that_the_template_rewrites_is_trained_as_it_is(tokenizer):
+    tokenizer.chat_template = CHATML.replace(
+        "m.content", "(m.content | upper if m.role == 'assistant' else m.content)")
+    assert "YES" in tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "yes"}], tokenize=False)
+    for prompt in ("Say yes.", "Say no."):
+        assert data.answer_text(tokenizer, prompt, "yes") == "yes<|im_end|>"
+
+
 def test_template_kwargs_become_defaults_that_a_saved_tokenizer_keeps(tokenizer, tmp_path):
     tokenizer.chat_template = SWITCHED
     tokenizer.save_pretrained(tmp_path)

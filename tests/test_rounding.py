@@ -57,6 +57,11 @@ def test_values_on_the_grid_stay_to_the_bit_and_nothing_overflows(dtype):
     assert above.isfinite().all() and draws(above, dtype, 100).abs().unique().tolist() == [top]
 
 
+def test_dropped_bits_are_those_that_the_dtype_lacks():
+    for dtype, bits in rounding.DROPPED_BITS.items():
+        assert 2.0 ** (bits - 23) == torch.finfo(dtype).eps
+
+
 def test_bits_follow_from_seed_and_index_alone(monkeypatch):
     x = torch.randn(5000)
     whole = stochastic_round(x, torch.bfloat16, 0, 3, "name")
@@ -133,6 +138,27 @@ def test_under_float32_the_masters_are_the_weights():
     assert [id(a) for a in masters.parameters()] == [id(b) for b in model.parameters()]
     masters.round(1)
     assert all(torch.equal(before[name], weight) for name, weight in model.named_parameters())
+
+
+def test_a_shard_of_the_masters_is_rounded_as_the_whole(monkeypatch):
+    model = tiny_model()
+    masters = Masters(model, torch.bfloat16, seed=0)
+    with torch.no_grad():
+        for master in masters.parameters():
+            master += 1e-4 * torch.randn_like(master)
+    masters.round(1)
+    whole = {name: weight.clone() for name, weight in model.named_parameters()}
+    for half in (0, 1):
+        def part(weight, half=half):
+            middle = weight.numel() // 2
+            return weight.view(-1)[:middle] if half == 0 else weight.view(-1)[middle:], half * middle
+
+        with torch.no_grad():
+            for weight in model.parameters():
+                part(weight)[0].zero_()
+        monkeypatch.setattr(rounding.dist, "local_shard", part)
+        masters.round(1)
+        assert all(torch.equal(whole[name], weight) for name, weight in model.named_parameters())
 
 
 def test_a_student_is_saved_from_the_masters_or_as_it_computed():
