@@ -4,7 +4,7 @@ A row is a JSON object that grows from stage to stage of the pipeline:
 
     prompts.jsonl     {"id", "prompt": text or [chat messages], "question": what the judge sees}
     synthetic.jsonl   + "rejected": the original y_o, "critique", "chosen": the revision y_r
-    scored.jsonl      + "score_rejected": s_o, "score_chosen": s_r
+    scored.jsonl      + "score_rejected": s_o, "score_chosen": s_r; or "tau" itself
 
     row -> prompt_text, answer_text    the chat template
         -> Pair                        token ids, cut to max_length
@@ -29,8 +29,8 @@ from infra.command import (BadInput, Parser, at_least, one_line, refuse, run,
 from infra.fetch import make_prompts
 from infra.models import TOY_STUDENT, load_tokenizer
 from infra.report import show_report
-from infra.rows import (RowCounts, as_messages, canonical, check_pair, families, has_input, is_cut,
-                        judge_of, stream_rows)
+from infra.rows import (RowCounts, as_messages, canonical, check_pair, families, has_input,
+                        has_tau, is_cut, judge_of, stream_rows)
 
 # ---------------------------------------------------------------------------------- text to tokens
 
@@ -203,7 +203,7 @@ def load_pairs(path, tokenizer, max_length, needs_scores, skip_bad_rows=False):
 def encode_pair(row, where, tokenizer, max_length, needs_scores, counts):
     """The Pair of a canonical row; None if the row is left out, which drop() counts."""
     prompt, chosen, rejected, score_chosen, score_rejected = check_pair(row, where, needs_scores)
-    if "score_chosen" not in row or "score_rejected" not in row:
+    if not has_tau(row) and not {"score_chosen", "score_rejected"} <= row.keys():
         counts.unscored.append(where)
     name = tokenizer.name_or_path
     refuse(where, (isinstance(prompt, list) and not tokenizer.chat_template,
