@@ -369,7 +369,8 @@ def test_log_probabilities_in_another_form_count_as_none(logprobs):
 def pairwise_server(scripted, win_of, with_logprobs=True):
     """Asks win_of(first reply, second reply) for P(the first is better)."""
     def script(path, request):
-        replies = request["messages"][-1]["content"].split("First reply:\n")[1].split("\n\nWhich")[0]
+        text = request["messages"][-1]["content"]
+        replies = text.split("First reply:\n")[1].split("\n\nWhich")[0]
         win = win_of(*replies.split("\n\nSecond reply:\n"))
         if win is None:
             return says("I like both.")
