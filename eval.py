@@ -33,10 +33,10 @@ from infra.models import TOY_STUDENT, load_model, load_tokenizer, position_limit
 from infra.plots import draw_curves
 from infra.report import indented, side_by_side, table, warn_of_overlap
 from infra.resumable import Stage, checked_rows, run_batches, run_rows
-from infra.rows import as_messages, atomic_write, check_prompt, stream_rows
+from infra.rows import as_messages, atomic_write, check_prompt, question_of, stream_rows
 from infra.task import load_task
 from rdpo import reference_fingerprint, sequence_logps
-from reward import (ENDPOINTS, add_judge_flags, check_pairwise, compare, provenance, question_of,
+from reward import (ENDPOINTS, add_judge_flags, check_pairwise, compare, provenance,
                     score_answer)
 
 # ---------------------------------------------------------------------------------------- answers

@@ -30,7 +30,8 @@ from infra.client import Client, add_stage_flags, chat, split_thinking
 from infra.command import Parser, at_least, printable, refuse, run
 from infra.report import show_gaps
 from infra.resumable import RowFailed, Stage, digest, run_rows
-from infra.rows import FINISHED, as_answer, check_pair, check_prompt, log_odds, stream_rows
+from infra.rows import (FINISHED, as_answer, check_pair, check_prompt, log_odds, question_of,
+                        stream_rows)
 from infra.task import load_task
 
 NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
@@ -248,15 +249,6 @@ def check_pairwise(args, task):
 
 
 # ------------------------------------------------------------------------------------------ rows
-
-
-def question_of(row):
-    """The judge's question: row["question"], else the prompt; long chats with role names."""
-    if "question" in row or isinstance(row["prompt"], str):
-        return row.get("question", row["prompt"])
-    if len(row["prompt"]) == 1:
-        return row["prompt"][0]["content"]
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row["prompt"])
 
 
 def score_answer(client, task, args, row, answer):

@@ -367,6 +367,14 @@ def log_odds(tau, where):
     return None if tau is None else math.log(tau / (1 - tau))
 
 
+def score_gap(score_chosen, score_rejected, scale):
+    """Chosen minus rejected. A known scale, its width, is widened to 5 points, as most judges have.
+
+    So one temperature fits several judges.
+    """
+    return (score_chosen - score_rejected) * 5 / (scale or 5)
+
+
 def judge_of(row, where):
     """(behaviour, judge, width of the judge's scale) of a scored row: "", "", None if not said."""
     judge = row["judge"] if isinstance(row.get("judge"), dict) else {"model": row.get("judge")}
@@ -379,6 +387,15 @@ def judge_of(row, where):
                    f"`judge.scale` is {json.dumps(scale)[:40]}; it must be [lowest, highest] "
                    "score, or be left out"))
     return str(behaviour), " ".join(named), scale and float(scale[1] - scale[0])
+
+
+def question_of(row):
+    """The judge's question: row["question"], else the prompt; long chats with role names."""
+    if "question" in row or isinstance(row["prompt"], str):
+        return row.get("question", row["prompt"])
+    if len(row["prompt"]) == 1:
+        return row["prompt"][0]["content"]
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row["prompt"])
 
 
 def as_answer(value):
