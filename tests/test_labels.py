@@ -219,7 +219,8 @@ def test_the_audit_finds_corrupted_scores(run_train, run_stage, write_rows, toy_
 
 def test_audit_lines_are_what_they_say(run_train, write_rows, toy_rows, tmp_path):
     code, _, err = run_train("--data", write_rows(toy_rows[:40]), "--max_steps", 4,
-                             "--batch_size", 8, "--eval_every", 2, "--beta", 0.3, "--temperature", 2)
+                             "--batch_size", 8, "--eval_every", 2, "--beta", 0.3,
+                             "--temperature", 2)
     assert code == 0, err
     lines = read_lines(tmp_path / "out" / "audit.jsonl")
     logged = read_lines(tmp_path / "out" / "metrics.jsonl")
