@@ -18,6 +18,7 @@ import eval as evaluation
 import train
 from data import encode_prompt, load_pairs
 from infra.generate import Answer, generate
+from infra.intervals import bootstrap, equal_length, mean
 from infra.models import TOY_STUDENT, load_model, load_tokenizer
 from infra.report import table
 from infra.task import load_task
@@ -170,7 +171,6 @@ def test_kl_estimate_against_the_exact_sum_over_all_answers():
 
 
 def test_bootstrap():
-    bootstrap, mean = evaluation.bootstrap, evaluation.mean
     values = np.random.default_rng(1).normal(3, 2, 400)
     value, low, high = bootstrap(mean, values)
     half = 1.96 * values.std() / 20
@@ -190,11 +190,11 @@ def test_score_gap_at_equal_length():
     longer = rng.normal(30, 10, 500)
     # Longer answers score higher; at equal length 0.5 is left.
     gaps = 0.5 + 0.1 * longer + rng.normal(0, 0.2, 500)
-    value, low, high = evaluation.bootstrap(evaluation.equal_length, gaps, longer)
+    value, low, high = bootstrap(equal_length, gaps, longer)
     slope, intercept = np.polyfit(longer, gaps, 1)
     assert value == pytest.approx(intercept) and low < 0.5 < high and high - low < 0.3
     assert gaps.mean() > 3
-    assert evaluation.equal_length(gaps, np.full(500, 7.0)) == pytest.approx(gaps.mean())
+    assert equal_length(gaps, np.full(500, 7.0)) == pytest.approx(gaps.mean())
 
 
 @pytest.mark.parametrize("text, finish, wanted", [
