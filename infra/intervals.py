@@ -18,6 +18,11 @@ def mean(values):
     return values.mean(-1)
 
 
+def ratio(values, counts):
+    """A mean per token, say: the sum of values over the sum of counts."""
+    return values.sum(-1) / counts.sum(-1)
+
+
 def equal_length(gaps, length_gaps):
     """The score gap (..., N) -> (...) between two systems whose answers are equally long.
 
