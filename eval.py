@@ -6,7 +6,7 @@
     ... --temperature 1    sampled answers, and from them the KL divergence from the base
     ... --pairwise         the judge also compares with the base's answer, in both orders
     ... --self_refine      adds a baseline: the base criticises and rewrites its own answer
-    ... --bare_question    adds a bound: the base answers the question without its persona
+    ... --bare_question    adds a goal: the base answers the question without its persona
     python eval.py --data scored.jsonl --model out    margins and accuracy on scored pairs
     python eval.py --text FILE --model out            what training did to ordinary text
     python eval.py --curves out [out2 ...]            draws training runs into eval/curves.png
