@@ -38,10 +38,12 @@ from infra.models import TOY_STUDENT, load_model, load_tokenizer, position_limit
 from infra.plots import draw_curves
 from infra.report import indented, side_by_side, table, warn_of_overlap
 from infra.resumable import Stage, checked_rows, run_batches, run_rows
-from infra.rows import as_messages, atomic_write, check_prompt, read_text, stream_rows
+from infra.rows import (as_messages, atomic_write, check_prompt, question_of, read_text,
+                        stream_rows)
 from infra.task import load_task
 from rdpo import logit_scaling, logits_in_chunks, reference_fingerprint, sequence_logps
-from reward import ENDPOINTS, add_judge_flags, ask_which, provenance, question_of, score_answer
+from reward import (ENDPOINTS, add_judge_flags, check_pairwise, compare, provenance,
+                    score_answer)
 
 # ---------------------------------------------------------------------------------------- answers
 
@@ -218,7 +220,8 @@ def judge_rows(args, task, rows, name, key):
 
     def work(row):
         if key == "win":
-            number, replies = win_over_base(client, task, args, row)
+            number, replies = compare(client, task.judge, args, question_of(row),
+                                      row["answer"], row["base"])
         else:
             number, replies = score_answer(client, task, args, row, row["answer"])
         return row | {key: number, "judge": {"said": replies}}
@@ -229,18 +232,6 @@ def judge_rows(args, task, rows, name, key):
     # The file is empty if no row was ever finished.
     judged = stream_rows(args.out) if os.path.getsize(args.out) else []
     return {row["id"]: row[key] for _, row in judged}, failed
-
-
-def win_over_base(client, task, args, row):
-    """(win or None, replies): 1 if the judge prefers the answer to the base's, 0 if not.
-
-    The mean of both orders: a judge that goes by the order alone contradicts itself, 1/2.
-    """
-    question, answer, base = question_of(row), row["answer"], row["base"]
-    first, replies_first = ask_which(client, task.judge, args, question, answer, base)
-    second, replies_second = ask_which(client, task.judge, args, question, base, answer)
-    win = None if None in (first, second) else (first + 1 - second) / 2
-    return win, [replies_first, replies_second]
 
 
 # -------------------------------------------------------------------------------------- the table
@@ -344,7 +335,6 @@ def get_args(argv):
     flag("--base_url", help="the judge's server, http://127.0.0.1:8000/v1 (default: no judge)")
     flag("--judge_model", dest="model", help="the judge's name on that server")
     flag("--endpoint", choices=ENDPOINTS, help="the judge is a reward model, as in reward.py")
-    flag("--pairwise", action="store_true", help="win rates from comparisons, in both orders")
     add_client_flags(parser, max_tokens=512)
     add_judge_flags(parser)
     parser.set_defaults(limit=None, show=False)  # run_rows judges all rows, silently
@@ -371,8 +361,7 @@ def get_args(argv):
 def load_inputs(args):
     """(task, rows, pairs, paragraphs, {folder: tokenizer}, notes), all checked at the start."""
     task = load_task(args.task) if args.task else None
-    refuse(args.task, (args.pairwise and not task.judge.pairwise,
-                       "no `judge.pairwise`, which --pairwise needs; see tasks/sycophancy.toml"))
+    check_pairwise(args, task)
     if args.base_url:
         Client(args)  # raises for a wrong address or a missing key
     rows, pairs, paragraphs, notes = [], [], [], []

@@ -26,6 +26,7 @@ from data import (batch_tokens, check_judges, collate, count_chosen, count_token
                   epoch_order, load_pairs, longest_row, micro_batches, send, split_train_val,
                   template_note)
 from infra import checkpoint, models, selfcheck
+from infra.audit import log_pairs
 from infra.command import (Parser, above_0, at_least, between, number, one_line, path, refuse,
                            run, template_kwargs, warn)
 from infra.generate import generate
@@ -131,19 +132,16 @@ def mean_metrics(sums, pair_count):
 
 
 @torch.no_grad()
-def evaluate(policy, data, args, check=None):
-    """The metrics of all pairs of a Dataset, each name behind eval/.
-
-    check({pair: log-ratios (2,)}) is called for each micro-batch.
-    """
+def evaluate(policy, data, args):
+    """(the metrics of all pairs of a Dataset, each name behind eval/; {pair: log-ratios})."""
     pair_count, chosen_tokens = len(data.pairs), count_chosen(data.pairs)
-    sums = torch.zeros(len(METRICS), device=policy.device)
+    sums, log_ratios = torch.zeros(len(METRICS), device=policy.device), {}
     for indices in rank_batches(data.pairs, range(pair_count), data.share_prefix, args):
-        _, batch_sums, log_ratios = forward(policy, data, indices, args, pair_count, chosen_tokens)
+        _, batch_sums, ratios = forward(policy, data, indices, args, pair_count, chosen_tokens)
         sums += batch_sums
-        if check:
-            check(log_ratios)
-    return {f"eval/{name}": value for name, value in mean_metrics(sums, pair_count).items()}
+        log_ratios |= ratios
+    metrics = {f"eval/{name}": value for name, value in mean_metrics(sums, pair_count).items()}
+    return metrics, dist.gather_rows(log_ratios)
 
 
 def by_behaviour(data):
@@ -178,7 +176,7 @@ SPOT_CHECKS = 16  # cached pairs of a file that are computed again
 
 
 def cache_check(pairs, cache, args):
-    """check({pair: log-ratios (2,)}): BadInput unless they are 0, as the reference's own are."""
+    """check({pair: log-ratios}): BadInput unless they are 0, as the reference's own are."""
     return functools.partial(selfcheck.check_step_0, dtype=getattr(torch, args.dtype),
                              tokens={pair.where: longest_row(pair) for pair in pairs},
                              cache_path=cache.path)
@@ -210,7 +208,7 @@ def make_dataset(policy, pairs, share_prefix, cache, args):
                 selfcheck.check_finite(torch.tensor(both), pairs[i].where)
                 if i in again:
                     known = [cache.logps[key] for key in keys[i]]
-                    check_cached({pairs[i].where: torch.tensor(both) - torch.tensor(known)})
+                    check_cached({pairs[i].where: [a - b for a, b in zip(both, known)]})
                 else:
                     cache.logps |= zip(keys[i], both)
             if dist.rank() == 0 and time.monotonic() - last_save > 60:
@@ -320,14 +318,15 @@ def train_student(args, device, dtype):
     if args.resume:
         first_step = checkpoint.load_state(state_dir, masters, optimizer, scaler, args, data_hash)
     masters.round(first_step)
-    metrics_file = checkpoint.begin_out_dir(args, first_step)
+    metrics_file, audit_file = checkpoint.begin_out_dir(args, first_step)
     print_plan(args, policy, len(train_pairs), len(val_pairs), reference, first_step, total_steps)
     print_grid(weights_before, saved_dtype if dtype == torch.float32 else dtype, args)
     print("\n" + TABLE_HEAD)
     check_cached = cache_check(train_pairs + val_pairs, cache, args)
-    val_metrics = evaluate(policy, val, args, None if first_step else check_cached)
+    val_metrics, val_ratios = evaluate(policy, val, args)
     selfcheck.check_student(first_step, masters, val_metrics["eval/loss"], state_dir)
     if first_step == 0:
+        check_cached(val_ratios)
         metrics_file.log(step=0, epoch=0.0, **val_metrics)
         print(table_line(0, {}, val_metrics))
 
@@ -356,6 +355,7 @@ def train_student(args, device, dtype):
             log_ratios |= ratios
         masters.collect_gradients()
         dist.sum_gradients(flat_gradients)
+        log_ratios = dist.gather_rows(log_ratios)
         if step == 0:  # gate: the policy still is the reference, so every log-ratio is 0
             check_cached(log_ratios)
 
@@ -380,15 +380,17 @@ def train_student(args, device, dtype):
             grad_norm=grad_norm if math.isfinite(grad_norm) else None, lr=lr,
             step_seconds=time.monotonic() - step_began, tokens=count_tokens(step_pairs),
             peak_memory_mib=peak_memory_mib(device))
+        log_pairs(audit_file, done, "training", train.part(indices), log_ratios, args)
         progress.update()
         if done % eval_every == 0 or done == total_steps:
-            val_metrics = evaluate(policy, val, args)
+            val_metrics, val_ratios = evaluate(policy, val, args)
             metrics_file.log(step=done, epoch=done / steps_per_epoch, **val_metrics)
+            log_pairs(audit_file, done, "validation", val, val_ratios, args)
             with progress.external_write_mode():
                 print(table_line(done, metrics, val_metrics))
         stop = dist.maximum(stop_signal.number)  # a signal to one rank stops all
         if done % args.save_every == 0 or done == total_steps or stop:
-            checked = val_metrics if done == total_steps else evaluate(policy, probe, args)
+            checked = val_metrics if done == total_steps else evaluate(policy, probe, args)[0]
             selfcheck.check_student(done, masters, checked["eval/loss"], state_dir)
             checkpoint.save_state(state_dir, done, masters, optimizer, scaler, args, data_hash)
         if stop:
@@ -398,7 +400,7 @@ def train_student(args, device, dtype):
             raise SystemExit(128 + stop)
     progress.close()
     for behaviour, part in by_behaviour(val).items():
-        print(table_line(one_line(behaviour), {}, evaluate(policy, part, args)))
+        print(table_line(one_line(behaviour), {}, evaluate(policy, part, args)[0]))
 
     # Export: a Hugging Face folder that transformers, vLLM and llama.cpp load, or an adapter.
     answers_after = sample_answers(policy, tokenizer, samples.prompts, args)
@@ -426,7 +428,7 @@ def check_saved(val, trained, args):
     if student.dtype == torch.float32:  # autocast would round it to nearest
         args = argparse.Namespace(**vars(args) | {"dtype": "float32"})
     models.cast_weights(student.to(args.device), torch.float32)
-    saved = evaluate(student, val, args)["eval/rewards/margins"] / args.beta
+    saved = evaluate(student, val, args)[0]["eval/rewards/margins"] / args.beta
     trained = trained["eval/rewards/margins"] / args.beta
     print(f"as saved: margin {saved:.2f} of {trained:.2f} (validation pairs, nats, before beta)")
     if not abs(saved - trained) <= max(0.1 * abs(trained), 0.05):  # or nan

@@ -511,7 +511,7 @@ def test_scored_pairs_give_the_numbers_of_train(run_stage, student, base, toy_ro
     reference = evaluation.pair_logps(base, pairs)
     gaps = torch.tensor([pair.score_chosen - pair.score_rejected for pair in pairs])
     dataset = train.Dataset(pairs, False, torch.stack([*reference.T, torch.sigmoid(gaps), gaps]))
-    metrics = train.evaluate(load_model(student), dataset, args)
+    metrics, _ = train.evaluate(load_model(student), dataset, args)
     for name, value in (("chosen first %", 100 * metrics["eval/rewards/accuracies"]),
                         ("agrees with scores %", 100 * metrics["eval/rewards/score_agreement"]),
                         ("log-ratio margin, nats", metrics["eval/rewards/margins"] / 0.1),

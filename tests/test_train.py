@@ -112,9 +112,12 @@ def test_losses_and_metrics_are_what_they_say(tmp_path, flags):
     model, reference, pairs = tiny_model(), tiny_model(seed=1), random_pairs(8)
     args = args_for(**flags, tokens_per_batch=150)
     data, _ = dataset_of(reference, pairs, args, tmp_path)
-    found = train.evaluate(model, data, args)
+    found, log_ratios = train.evaluate(model, data, args)
     expected = plain_metrics(model, reference, pairs, args)
     assert found == pytest.approx({f"eval/{k}": v for k, v in expected.items()}, abs=1e-4)
+    for pair in pairs:
+        policy, ref = (rdpo.plain_sequence_logps(m, [pair]) for m in (model, reference))
+        assert log_ratios[pair.where] == pytest.approx((policy - ref).tolist(), abs=1e-4)
     wrong = plain_metrics(model, reference, pairs, args_for(**flags | {"beta": 0.2}))
     assert found["eval/rewards/margins"] != pytest.approx(wrong["rewards/margins"], abs=1e-3)
 
