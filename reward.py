@@ -12,12 +12,14 @@
 With --task an LLM judges as the task's [judge] section says; with --pairwise it compares the two
 answers, and the row gets "tau" in place of scores. With --endpoint a reward model gives
 one number per text: vLLM's /classify, /score or /pooling, or /predict of text-embeddings-inference
-(URL such as http://127.0.0.1:8000). Crashes and failures are handled as in teacher.py.
+(URL such as http://127.0.0.1:8000). With --reward_model FOLDER_OR_HUB_ID there is no server: the
+model runs in this process. Crashes and failures are handled as in teacher.py.
 
 A reply without a verdict is asked for again at temperature 0.7, because at 0 it would repeat. After
 --verdict_retries the score is null. To judge a row again, remove its line from --out.
 """
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -270,6 +272,18 @@ def score_row(client, task, args, row):
     return row | scores | {"judge": raw}
 
 
+def score_rows(model, rows):
+    """score_row for several rows, by a RewardModel in this process. Yields a row or RowFailed."""
+    names = ("rejected", "chosen")
+    scores = model.scores([(question_of(row), as_answer(row[name]))
+                           for row in rows for name in names])
+    for row, *own in zip(rows, scores[::2], scores[1::2]):
+        failed = [score for score in own if isinstance(score, RowFailed)]
+        yield failed[0] if failed else row | {
+            "score_" + name: score for name, score in zip(names, own)} | {
+            "judge": dict(zip(names, own))}
+
+
 def compare_row(client, task, args, row):
     """The row with tau, the judge's P(chosen is better than rejected), and its raw replies."""
     chosen, rejected = as_answer(row["chosen"]), as_answer(row["rejected"])
@@ -369,18 +383,27 @@ def main(argv=None):
     judges.add_argument("--task", help="an LLM judges by the [judge] section of this file")
     judges.add_argument("--endpoint", choices=ENDPOINTS,
                         help="a reward model judges, at this address of --base_url")
+    judges.add_argument("--reward_model", help="a reward model's folder or hub id: no server")
     parser.add_argument("--data", required=True, help="rows with prompt, chosen and rejected")
-    add_stage_flags(parser, max_tokens=512)
+    add_stage_flags(parser, max_tokens=512, needs_server=False)
     add_judge_flags(parser)
     args = parser.parse_args(argv)
+    refuse("", (not args.reward_model and not (args.base_url and args.model),
+                "--task and --endpoint need --base_url and --model"))
     task = load_task(args.task) if args.task else None
     check_pairwise(args, task)
-    client, work_on = Client(args), compare_row if args.pairwise else score_row
+    if args.reward_model:
+        from infra.reward_model import RewardModel  # imports torch; the other judges need none
+        args.model, args.endpoint = args.reward_model, "transformers"
+        work, counts = functools.partial(score_rows, RewardModel(args.model)), None
+    else:
+        client, work_on = Client(args), compare_row if args.pairwise else score_row
+        work, counts = functools.partial(work_on, client, task, args), client.counts
     adds = ("tau",) if args.pairwise else ("score_rejected", "score_chosen")
-    stage = Stage(adds=(*adds, "judge"), provenance_key="judge",
-                  provenance=provenance(task, args), check=check_row,
-                  work=lambda row: work_on(client, task, args, row), show=show_row)
-    failed = run_rows(stage, args.data, args, client.counts)
+    stage = Stage(adds=(*adds, "judge"), provenance_key="judge", check=check_row, work=work,
+                  provenance=provenance(task, args), show=show_row,
+                  batch_size=32 if args.reward_model else 0)
+    failed = run_rows(stage, args.data, args, counts)
     is_empty = os.path.getsize(args.out) == 0  # if no row was ever finished
     if not is_empty and not report(args.out, adds, task.judge.good if task else "high"):
         print(f"error: no reply of {args.model} had a verdict; read the replies in {args.out}. "

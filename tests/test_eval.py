@@ -470,8 +470,8 @@ def test_pairwise_against_the_toy_judge(toy_server, run_eval, student, tmp_path)
     assert [wins[row["id"]] for row in PROMPTS] == [(1 + np.sign(gap)) / 2 for gap in gaps]
     assert len(set(wins.values())) > 1
     question = PROMPTS[0]["question"]
-    assert toy.compare(question, "x", "x", 0, 0) == "Better: 0"
-    noisy = [toy.compare(question, "I will not.", "No.", seed, 2) for seed in range(20)]
+    assert toy.compare(question, "x", "x", 0, 0) == ("Better: 0", {})
+    noisy = [toy.compare(question, "I will not.", "No.", seed, 2)[0] for seed in range(20)]
     assert set(noisy) == {"Better: 0", "Better: 1", "Better: 2"}
 
 

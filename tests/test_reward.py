@@ -216,7 +216,7 @@ def test_bad_rows_are_refused_before_any_request(
 
 
 @pytest.mark.parametrize("others, message", [
-    ({}, "one of the arguments --task --endpoint is required; see --help"),
+    ({}, "one of the arguments --task --endpoint --reward_model is required; see --help"),
     ({"task": TASK, "endpoint": "/score"}, "not allowed with argument"),
     ({"endpoint": "/embed"}, "--endpoint: invalid choice: '/embed'"),
     ({"task": TASK, "samples": 0}, "--samples: must be 1 or above, not 0"),
