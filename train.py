@@ -264,31 +264,18 @@ def train_student(args, device, dtype):
 
     # Data: every row is checked and tokenized before anything is computed.
     tokenizer = models.load_tokenizer(model_name, args.template_kwargs)
+    if args.reference:
+        vocabulary = models.load_tokenizer(args.reference).get_vocab()
+        refuse(f"--reference {args.reference}", (
+            vocabulary != tokenizer.get_vocab(), "its vocabulary is not that of --model; give the "
+                                                 "model that it was trained from"))
     train_pairs, val_pairs = load_train_val(args, tokenizer)
 
-    # Policy: float32 master weights, or frozen weights and float32 adapters. It stays in eval
-    # mode: dropout would add noise to the log-ratios.
-    policy = models.load_model(model_name, dtype="auto")
-    saved_dtype = policy.dtype if args.save_dtype == "auto" else getattr(torch, args.save_dtype)
-    weights_before = models.sample_weights(dict(policy.named_parameters()))
-    if not args.lora_rank and dtype != torch.float32 and policy.dtype != dtype:
-        print(f"student: stored in {str(policy.dtype)[6:]}, rounded to {args.dtype} first")
-        models.cast_weights(policy, dtype)  # so that policy and reference are equal at step 0
-    # Frozen 16-bit weights stay as stored under autocast. FSDP casts layer by layer.
-    if dtype == torch.float32 if args.lora_rank else not args.fsdp:
-        models.cast_weights(policy, torch.float32)
-    # The cache hashes the reference's weights: create it before adapters and shards.
+    # Policy. The cache hashes the reference's weights: create it before adapters and shards.
+    policy, saved_dtype, weights_before = load_policy(args.reference or model_name, args, dtype)
     computed_as = [args.dtype] + ["sharded"] * args.fsdp + ["compiled"] * args.compile
     cache = ReferenceCache(os.path.expanduser(args.cache_dir), policy, " ".join(computed_as))
-    if args.lora_rank:
-        add_lora(policy, args.lora_rank, args.lora_alpha)
-    if args.gradient_checkpointing:
-        models.checkpoint_layers(policy)
-    if args.fsdp:
-        layers = models.decoder_layers(policy, "--fsdp")
-        dist.shard(policy, layers, device, dtype, sequence_logps)
-    else:
-        policy.to(device)
+    place(policy, args, device, dtype)
     share_prefix = choose_layout(policy, train_pairs + val_pairs, args)
     if args.compile:
         policy.base_model.compile(dynamic=True)  # few graphs for all shapes of batches
@@ -301,6 +288,14 @@ def train_student(args, device, dtype):
     reference = f"{computed + val_computed} in {time.monotonic() - reference_began:.1f} s"
     samples = SampleAnswers(args.model is None, val_pairs)
     answers_before = sample_answers(policy, tokenizer, samples.prompts, args)
+    check_cached = cache_check(train_pairs + val_pairs, cache, args)
+    if args.reference:  # another one than the policy: what it knew is cached, the policy comes
+        check_cached(evaluate(policy, val, args)[1])
+        del policy
+        policy, saved_dtype, weights_before = load_policy(model_name, args, dtype)
+        place(policy, args, device, dtype)
+        if args.compile:
+            policy.base_model.compile(dynamic=True)
 
     # Optimizer: AdamW on the float32 masters. The gradient scaler acts under float16 only.
     masters = Masters(policy, dtype, args.seed)
@@ -322,11 +317,11 @@ def train_student(args, device, dtype):
     print_plan(args, policy, len(train_pairs), len(val_pairs), reference, first_step, total_steps)
     print_grid(weights_before, saved_dtype if dtype == torch.float32 else dtype, args)
     print("\n" + TABLE_HEAD)
-    check_cached = cache_check(train_pairs + val_pairs, cache, args)
     val_metrics, val_ratios = evaluate(policy, val, args)
     selfcheck.check_student(first_step, masters, val_metrics["eval/loss"], state_dir)
     if first_step == 0:
-        check_cached(val_ratios)
+        if not args.reference:
+            check_cached(val_ratios)
         metrics_file.log(step=0, epoch=0.0, **val_metrics)
         print(table_line(0, {}, val_metrics))
 
@@ -356,7 +351,7 @@ def train_student(args, device, dtype):
         masters.collect_gradients()
         dist.sum_gradients(flat_gradients)
         log_ratios = dist.gather_rows(log_ratios)
-        if step == 0:  # gate: the policy still is the reference, so every log-ratio is 0
+        if step == 0 and not args.reference:  # gate: the policy still is it, all log-ratios are 0
             check_cached(log_ratios)
 
         # Update. A step that is not finite is never taken.
@@ -416,6 +411,36 @@ def train_student(args, device, dtype):
         del policy, masters, optimizer, flat_gradients  # room for the saved student
         check_saved(val, val_metrics, args)
     print(f"{changed} in {args.out_dir} after {time.monotonic() - began:.0f} s")
+
+
+def load_policy(name, args, dtype):
+    """(model, dtype to save it in, sample of its stored weights). It stays in eval mode.
+
+    Dropout would add noise to the log-ratios. Weights that are trained become float32.
+    """
+    policy = models.load_model(name, dtype="auto")
+    saved_dtype = policy.dtype if args.save_dtype == "auto" else getattr(torch, args.save_dtype)
+    weights_before = models.sample_weights(dict(policy.named_parameters()))
+    if not args.lora_rank and dtype != torch.float32 and policy.dtype != dtype:
+        print(f"student: stored in {str(policy.dtype)[6:]}, rounded to {args.dtype} first")
+        models.cast_weights(policy, dtype)  # so that policy and reference are equal at step 0
+    # Frozen 16-bit weights stay as stored under autocast. FSDP casts layer by layer.
+    if dtype == torch.float32 if args.lora_rank else not args.fsdp:
+        models.cast_weights(policy, torch.float32)
+    return policy, saved_dtype, weights_before
+
+
+def place(policy, args, device, dtype):
+    """Add adapters and checkpoints, then send the model to its device or shard it over ranks."""
+    if args.lora_rank:
+        add_lora(policy, args.lora_rank, args.lora_alpha)
+    if args.gradient_checkpointing:
+        models.checkpoint_layers(policy)
+    if args.fsdp:
+        layers = models.decoder_layers(policy, "--fsdp")
+        dist.shard(policy, layers, device, dtype, sequence_logps)
+    else:
+        policy.to(device)
 
 
 def check_saved(val, trained, args):
@@ -511,6 +536,8 @@ def get_args(argv=None):
     add("--eval_share", type=share, default=0.1, help="that share, at most 256 prompts")
     add("--model", type=path,
         help="student: a folder or hub id (default: the bundled toy student)")
+    add("--reference", type=path,
+        help="another reference than --model before training: for a second round, the first one")
     add("--max_length", type=at_least(1), default=1024, help="tokens of prompt + one answer")
     add("--template_kwargs", type=template_kwargs,
         help="defaults of the chat template, such as '{\"enable_thinking\": false}'")
