@@ -12,8 +12,9 @@
     python eval.py --curves out [out2 ...]            draws training runs into eval/curves.png
 
 --out_dir gets answers.jsonl, eval.jsonl (scores and the judge's raw replies), pairwise.jsonl and
-report.md; asked-eval.jsonl and asked-pairwise.jsonl are the judge's input. The same command
-continues a stopped run. An answer that could not be judged has score null, and is in no mean.
+report.md; asked-eval.jsonl and asked-pairwise.jsonl are the judge's input. With --self_refine
+refined.jsonl has rows that reward.py can score, for another round. The same command continues a
+stopped run. An answer that could not be judged has score null, and is in no mean.
 """
 import json
 import os
@@ -99,12 +100,21 @@ def answer_rows(path, system, model, tokenizer, rows, task, args):
         for row, *turns in zip(batch, *generate_turns(model, tokenizer, batch, task, args)):
             last = turns[-1]
             yield row | {"turns": [turn.text for turn in turns[:-1]], "answer": last.text,
-                         "finish": last.finish, "prompt_ids": last.prompt_ids, "ids": last.ids}
+                         "finishes": [turn.finish for turn in turns], "finish": last.finish,
+                         "prompt_ids": last.prompt_ids, "ids": last.ids}
 
     by_length = sorted(rows, key=lambda row: len(str(row["prompt"])))
-    adds = ("turns", "answer", "finish", "prompt_ids", "ids")
+    adds = ("turns", "answer", "finishes", "finish", "prompt_ids", "ids")
     answers = run_batches(path, by_length, adds, answer, args.batch_size, system)
     return [answers[row["id"]] for row in rows]
+
+
+def refined_rows(rows, model):
+    """Rows of stage 1 for reward.py, from those that a model refined by itself."""
+    keys = ("behaviour", "prompt", "question")
+    return [{"id": row["row"]} | {key: row[key] for key in keys if key in row}
+            | {"rejected": row["turns"][0], "critique": row["turns"][1], "chosen": row["answer"],
+               "teacher": {"model": model, "finish": row["finishes"]}} for row in rows]
 
 
 def fault(row):
@@ -422,6 +432,9 @@ def run_models(args, task, rows, pairs, paragraphs, tokenizers):
         answers[BARE] = answer_rows(path, BARE, model, tokenizers[folder], bare, None, args)
     if args.self_refine:
         answers[REFINED] = answer_rows(path, REFINED, model, tokenizers[folder], rows, task, args)
+        refined = refined_rows(answers[REFINED], folder)
+        atomic_write(os.path.join(args.out_dir, "refined.jsonl"),
+                     "".join(json.dumps(row) + "\n" for row in refined))
     return answers, kl, logps, text_nats(states, paragraphs, device) if paragraphs else {}
 
 

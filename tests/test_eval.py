@@ -495,6 +495,11 @@ def test_self_refinement_is_one_growing_conversation(run_eval, monkeypatch, tmp_
     row = next(row for row in read_lines(tmp_path / "eval" / "answers.jsonl")
                if row["system"] == "base + self-refine")
     assert (row["turns"], row["answer"]) == (["reply 3", "reply 4"], "reply 5")
+    (refined,) = read_lines(tmp_path / "eval" / "refined.jsonl")  # what reward.py reads
+    assert (refined["rejected"], refined["critique"], refined["chosen"]) == (
+        "reply 3", "reply 4", "reply 5")
+    assert refined["id"] == PROMPTS[0]["id"] and refined["question"] == PROMPTS[0]["question"]
+    assert len(refined["teacher"]["finish"]) == 3
     assert cells(out, "safety, 1 prompts", "base + self-refine")["tokens"] == "2.0"
 
 
