@@ -7,7 +7,7 @@
 3. Systematic failures, where distilled self-critique (dSC) beats rDPO: what helps?
 4. Audit: 5 % of the scores of toy/scored.jsonl are exchanged. Are those rows the first suspects?
 
-Nothing is tuned here: the tables have five seeds and say the learning rate, rDPO's own in RESULTS.md.
+Nothing is tuned here: five seeds, and the learning rates stand in the tables.
 """
 import contextlib
 import io
