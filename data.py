@@ -17,6 +17,7 @@ A row is a JSON object that grows from stage to stage of the pipeline:
 """
 import dataclasses
 import functools
+import heapq
 import json
 import math
 import os
@@ -276,15 +277,15 @@ def epoch_order(count, seed, epoch):
 # -------------------------------------------------------------------------------- pairs to batches
 
 
-PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, -1  # the segments of a row
+PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, -1  # the segments of a pair; of the rest of a row
 
 
 @dataclass
 class Batch:
     """B pairs as R rows of T tokens, padded on the right; N response tokens in all."""
-    share_prefix: bool  # one row per pair; else one row per answer
+    share_prefix: bool  # a row holds whole pairs; else one answer
     input_ids: torch.Tensor  # (R, T)
-    segments: torch.Tensor  # (R, T) PROMPT, CHOSEN, REJECTED or PADDING
+    segments: torch.Tensor  # (R, T) 3 * number of the pair + its segment, or PADDING
     position_ids: torch.Tensor  # (R, T) position in the token's own conversation
     hidden_index: torch.Tensor  # (N,) 0 to R * T - 1: the state that predicts each target
     targets: torch.Tensor  # (N,) response tokens: all chosen answers, then all rejected ones
@@ -303,41 +304,74 @@ def send(tensor, device):
     return tensor.to(device)
 
 
-def collate(pairs, share_prefix=False):
+def collate(pairs, share_prefix=False, rows=None):
     """A Batch of pairs, padded with 0. Lengths tell what is padding, as 0 is a token id too.
 
     share_prefix=False   R = 2B: [prompt | chosen] of every pair, then [prompt | rejected]
-    share_prefix=True    R = B: [prompt | chosen | rejected]. Both answers continue the prompt,
-                         so the prompt's last state predicts the first token of both.
+    share_prefix=True    R <= B: [prompt | chosen | rejected] of one pair, or of several as `rows`
+                         or pack say. Both answers continue the prompt, so the prompt's last state
+                         predicts the first token of both.
     """
-    if share_prefix:
-        rows = [(pair.prompt_ids, {CHOSEN: pair.chosen_ids, REJECTED: pair.rejected_ids})
-                for pair in pairs]
+    answers = [{CHOSEN: pair.chosen_ids, REJECTED: pair.rejected_ids} for pair in pairs]
+    if share_prefix:  # a row is a list of (number of a pair, {segment: ids})
+        rows = rows or pack([batch_tokens(pair, True) for pair in pairs])
+        rows = [[(i, answers[i]) for i in row] for row in rows]
     else:
-        rows = [(pair.prompt_ids, {CHOSEN: pair.chosen_ids}) for pair in pairs]
-        rows += [(pair.prompt_ids, {REJECTED: pair.rejected_ids}) for pair in pairs]
-    width = max(len(prompt_ids) + sum(map(len, answers.values())) for prompt_ids, answers in rows)
+        rows = [[(i, {segment: answers[i][segment]})]
+                for segment in (CHOSEN, REJECTED) for i in range(len(pairs))]
+    width = max(sum(len(pairs[i].prompt_ids) + sum(map(len, own.values())) for i, own in row)
+                for row in rows)
     input_ids, position_ids = torch.zeros(2, len(rows), width, dtype=torch.long)  # each (R, T)
     segments = torch.full_like(input_ids, PADDING)  # (R, T)
-    responses = {CHOSEN: [], REJECTED: []}  # (hidden_index, targets) of each answer
-    for r, (prompt_ids, answers) in enumerate(rows):
-        start = prompt_end = len(prompt_ids)
-        input_ids[r, :start] = torch.tensor(prompt_ids)
-        position_ids[r, :start] = torch.arange(start)
-        segments[r, :start] = PROMPT
-        for segment, ids in answers.items():
-            end = start + len(ids)
-            tokens = torch.tensor(ids)
-            input_ids[r, start:end] = tokens
-            position_ids[r, start:end] = prompt_end + torch.arange(len(ids))
-            segments[r, start:end] = segment
-            # The state before a token predicts it. Before an answer stands the prompt's last one.
-            column = torch.tensor([prompt_end - 1, *range(start, end - 1)])
-            responses[segment].append((r * width + column, tokens))
-            start = end
-    hidden_index, targets = zip(*responses[CHOSEN], *responses[REJECTED])
+    responses = {}  # (segment, pair) -> hidden_index, targets
+
+    for r, row in enumerate(rows):
+        end = 0
+        for i, own in row:
+            prompt_ids = pairs[i].prompt_ids
+            start, end = end, end + len(prompt_ids)
+            prompt_end = end
+            input_ids[r, start:end] = torch.tensor(prompt_ids)
+            position_ids[r, start:end] = torch.arange(len(prompt_ids))
+            segments[r, start:end] = 3 * i + PROMPT
+            for segment, ids in own.items():
+                start, end = end, end + len(ids)
+                tokens = torch.tensor(ids)
+                input_ids[r, start:end] = tokens
+                position_ids[r, start:end] = len(prompt_ids) + torch.arange(len(ids))
+                segments[r, start:end] = 3 * i + segment
+                # The state before a token predicts it. Before an answer stands the prompt's last.
+                column = torch.tensor([prompt_end - 1, *range(start, end - 1)])
+                responses[segment, i] = r * width + column, tokens
+    hidden_index, targets = zip(*(responses[segment, i] for segment in (CHOSEN, REJECTED)
+                                  for i in range(len(pairs))))
     return Batch(share_prefix, input_ids, segments, position_ids, torch.cat(hidden_index),
                  torch.cat(targets), [len(ids) for ids in targets])
+
+
+# Tokens of a row at which attention costs as much as the layers' matrices: 6 * hidden size, here
+# that of a model of 8 B parameters. Where rows are short, a smaller one changes nothing.
+ATTENTION_WIDTH = 24576
+
+
+def pack(sizes):
+    """Rows of a batch, lists of indices, for pairs of these sizes in tokens: the least work.
+
+    Padding costs work, and so do wide rows, because attention grows with the square. The longest
+    pair first, each goes into the shortest row; a few numbers of rows are tried.
+    """
+    def rows_of(count):
+        rows, by_length = [[] for _ in range(count)], [(0, r) for r in range(count)]  # a heap
+        for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+            length, r = heapq.heappop(by_length)
+            rows[r].append(i)
+            heapq.heappush(by_length, (length + sizes[i], r))
+        width = max(by_length)[0]
+        return count * width * (1 + width / ATTENTION_WIDTH), rows
+
+    full = sum(sizes) / max(sizes)  # rows as wide as the longest pair, if nothing were padding
+    counts = {len(sizes), *(math.ceil(full / wider) for wider in (1, 1.1, 1.25, 1.5, 2, 3))}
+    return min(map(rows_of, counts))[1]
 
 
 def longest_row(pair):
@@ -366,10 +400,11 @@ def batch_tokens(pair, share_prefix):
 def micro_batches(pairs, indices, tokens_per_batch, share_prefix, rank=0, world_size=1):
     """Split the pairs at `indices` into one rank's micro-batches: lists of indices.
 
-    A micro-batch holds pairs of similar length, at most tokens_per_batch tokens with padding; a
-    longer pair gets one of its own. Ranks take turns by length, so that each gets its share of
-    long pairs. All ranks get the same number of micro-batches: under FSDP every forward pass
-    needs all ranks, or they wait for ever. A rank with fewer gets empty ones at the end.
+    A micro-batch holds pairs of similar length, at most tokens_per_batch tokens (one answer per
+    row: with their padding); a longer pair gets one of its own. Ranks take turns by length, so
+    that each gets its share of long pairs. All ranks get the same number of micro-batches: under
+    FSDP every forward pass needs all ranks, or they wait for ever. A rank with fewer gets empty
+    ones at the end.
     """
     def size(i):
         return batch_tokens(pairs[i], share_prefix)
@@ -378,7 +413,9 @@ def micro_batches(pairs, indices, tokens_per_batch, share_prefix, rank=0, world_
     of_ranks = [[] for _ in range(world_size)]
     for r, batches in enumerate(of_ranks):
         for i in by_length[r::world_size]:  # ascending, so the newest pair is the longest
-            if batches and size(i) * (len(batches[-1]) + 1) <= tokens_per_batch:
+            more = [*batches[-1], i] if batches else []
+            tokens = sum(map(size, more)) if share_prefix else size(i) * len(more)
+            if batches and tokens <= tokens_per_batch:
                 batches[-1].append(i)
             else:
                 batches.append([i])

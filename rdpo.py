@@ -115,15 +115,17 @@ def compute_dtype(model):
 
 
 def attention_mask(model, batch):
-    """The additive attention mask (R, 1, T, T) of rows [prompt | chosen | rejected].
+    """The additive attention mask (R, 1, T, T) of rows [prompt | chosen | rejected | prompt ...].
 
     A token sees itself and what precedes it in the prompt and in its own answer. The rejected
     answer does not see the chosen one beside it: it reads the conversation of a row of its own.
+    Nor does a pair see the pair before it in the row.
 
-        reads ->    prompt  chosen  rejected
-        prompt      part                        part: the tokens up to itself
-        chosen      all     part                all: every token
-        rejected    all             part        blank: nothing
+        reads ->    prompt  chosen  rejected  prompt 2
+        prompt      part                                 part: the tokens up to itself
+        chosen      all     part                         all: every token
+        rejected    all             part                 blank: nothing
+        prompt 2                              part
 
     A model with a sliding window sees the last `window` positions of the conversation, which are
     not the last columns of the row. A config that names its layer types takes one mask per type.
@@ -132,8 +134,8 @@ def attention_mask(model, batch):
     """
     column = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)  # (T,)
     query, key = batch.segments[:, :, None], batch.segments[:, None, :]  # (R, T, 1), (R, 1, T)
-    is_prompt = key == 0
-    visible = (column[:, None] >= column) & (is_prompt | (key == query))  # (R, T, T)
+    same_pair, is_prompt = key // 3 == query // 3, key % 3 == 0  # see data.Batch
+    visible = (column[:, None] >= column) & same_pair & (is_prompt | (key == query))  # (R, T, T)
 
     def additive(seen):  # (R, T, T) bool -> float: eager attention would add a bool as 0 and 1
         # CUDA's fused attention copies a mask in every layer unless its strides are multiples of 8.

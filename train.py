@@ -224,7 +224,7 @@ def make_dataset(policy, pairs, share_prefix, cache, args):
 
 
 def choose_layout(policy, pairs, args):
-    """Whether one row can hold both answers, tried on the longest pair that fits.
+    """Whether one row can hold whole pairs, tried on the longest pair that fits and the shortest.
 
     BadInput if sequence_logps differs from plain_sequence_logps, or a row is too long.
     """
@@ -233,17 +233,19 @@ def choose_layout(policy, pairs, args):
         longest > limit, f"the longest row has {longest} tokens, but the model takes {limit}; "
                          f"--max_length {limit}"))
     fitting = [pair for pair in pairs if batch_tokens(pair, False) <= args.tokens_per_batch]
-    pair = max(fitting, key=longest_row) if fitting else min(pairs, key=longest_row)
+    shortest = min(pairs, key=longest_row)
+    tried = [max(fitting, key=longest_row) if fitting else shortest, shortest]
 
     def fast_logps(share_prefix):
-        return policy_logps(policy, collate([pair], share_prefix).to(policy.device))  # (2,)
+        batch = collate(tried, share_prefix, rows=[[0, 1]])
+        return policy_logps(policy, batch.to(policy.device))  # (4,)
 
     with autocast(args):
         works, reason = dist.broadcast(selfcheck.can_share_prefix(
-            pair, policy.name_or_path, lambda: plain_sequence_logps(policy, [pair]), fast_logps,
+            tried, policy.name_or_path, lambda: plain_sequence_logps(policy, tried), fast_logps,
             getattr(torch, args.dtype)))
     if not works:
-        print(f"layout: one answer per row; the model cannot share a prompt ({reason})")
+        print(f"layout: one answer per row; the model cannot read several in one ({reason})")
     return works
 
 

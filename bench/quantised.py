@@ -133,8 +133,8 @@ print("|---|---|---|---|---|")
 for name, size, to_stored, to_alike in lines:
     print(f"| {name} | {f'{size / 1e6:.0f}' if size else '-'} | {to_stored:+.2f} | {to_alike:+.2f} "
           f"| {100 * to_alike / whole:.0f} % |")
-print(f"\nllama.cpp's server with the q8_0 file gave the greedy answers of transformers to {equal} of "
-      f"{len(asked)} prompts (24 tokens)")
+print(f"\nllama.cpp's server with the q8_0 file gave the greedy answers of transformers to {equal} "
+      f"of {len(asked)} prompts (24 tokens)")
 print(f"{os.path.basename(args.model)}, {len(pairs)} validation pairs; {datetime.date.today()}, "
       f"gguf, torch {torch.__version__}, transformers {transformers.__version__}, "
       f"{time.monotonic() - began:.0f} s")

@@ -39,8 +39,8 @@ class LoRALinear(nn.Module):
     def forward(self, x):  # (..., in)
         if not self.enabled:
             return self.base(x)
-        scale = self.alpha / self.rank
-        return self.base(x) + scale * F.linear(F.linear(x, self.A), self.B)  # (..., out)
+        low = self.alpha / self.rank * F.linear(x, self.A)  # (..., rank): scale the narrow side
+        return self.base(x) + F.linear(low, self.B)  # (..., out)
 
 
 def add_lora(model, rank, alpha):

@@ -31,16 +31,16 @@ def check_finite(logps, where):
 
 
 @torch.no_grad()
-def can_share_prefix(pair, policy_name, plain_logps, fast_logps, dtype):
-    """(whether the model can read [prompt | chosen | rejected] as one row, the reason if not).
+def can_share_prefix(pairs, policy_name, plain_logps, fast_logps, dtype):
+    """(whether the model can read whole pairs [prompt | chosen | rejected] in one row, else why).
 
-    Decided by trying it on a pair: architectures differ in how they take masks and positions.
-    plain_logps() gives the pair's (2,) from the model's own logits, fast_logps(share_prefix)
-    from one of the two layouts. BadInput if the layout with one answer per row is wrong too.
+    Decided by trying it on B pairs: architectures differ in how they take masks and positions.
+    plain_logps() gives their (2B,) from the model's own logits, fast_logps(share_prefix) from one
+    of the two layouts. BadInput if the layout with one answer per row is wrong too.
     """
-    tokens = [len(pair.chosen_ids), len(pair.rejected_ids)]
-    plain, separate = plain_logps(), fast_logps(False)  # (2,) each
-    check_finite(plain, pair.where)
+    tokens = [len(pair.chosen_ids) for pair in pairs] + [len(pair.rejected_ids) for pair in pairs]
+    plain, separate = plain_logps(), fast_logps(False)  # (2B,) each
+    check_finite(plain, pairs[0].where)
     check_equal(f"--model {policy_name}: log-probabilities from hidden states and from the model's "
                 "own logits", separate, plain, tokens, dtype,
                 "an architecture that changes its logits after the output head is not supported")

@@ -527,6 +527,29 @@ def test_micro_batches_bound_memory_and_lose_no_pair(share_prefix):
     assert counts[0] < counts[1]  # a prompt that is read once leaves room for other pairs
 
 
+def test_rows_are_packed_whole_and_nearly_full():
+    rng = random.Random(0)
+    for count in (1, 2, 5, 16, 200):
+        sizes = [rng.randint(100, 2000) for _ in range(count)]
+        rows = data.pack(sizes)
+        assert sorted(sum(rows, [])) == list(range(count))
+        width = max(sum(sizes[i] for i in row) for row in rows)
+        padded, apart = len(rows) * width, count * max(sizes)
+        assert padded <= apart and width <= 6 * max(sizes)
+        assert sum(sizes) >= 0.92 * padded or count < 10
+        assert sum(sizes) < 0.7 * apart or count < 10  # control: one pair a row
+    assert data.pack([500] * 4) in ([[0], [1], [2], [3]], [[3], [2], [1], [0]])  # no gain, no row
+
+
+def test_wide_rows_cost_more_where_attention_does(monkeypatch):
+    sizes = [900, 300, 300, 300, 200, 200, 100, 100]
+    wide = data.pack(sizes)
+    monkeypatch.setattr(data, "ATTENTION_WIDTH", 10)
+    narrow = data.pack(sizes)
+    assert max(sum(sizes[i] for i in row) for row in narrow) == 900
+    assert len(narrow) >= len(wide)
+
+
 def test_ranks_share_the_pairs_evenly_and_take_equally_many_micro_batches():
     pairs, indices = random_pairs(25), range(1, 24)
     for world_size in (1, 2, 3, 30):

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import rdpo
-from data import CHOSEN, PROMPT, REJECTED, Pair, collate, load_pairs
+from data import PROMPT, REJECTED, Pair, collate, load_pairs
 from infra.models import TOY_STUDENT, load_model
 from rdpo import TokenLogps, plain_sequence_logps, sequence_logps
 
@@ -52,21 +52,27 @@ def test_controls_a_wrong_mask_and_wrong_positions_are_seen(name):
     model, pairs = tiny_model(name), random_pairs(6)
     plain = plain_sequence_logps(model, pairs)
 
-    def is_seen(change):
-        batch = collate(pairs, share_prefix=True)
+    def is_seen(change, rows=None):
+        batch = collate(pairs, share_prefix=True, rows=rows)
         change(batch)
         return difference(batch, sequence_logps(model, batch), plain) > 1e-3
 
     def rejected_sees_chosen(batch):
-        batch.segments[batch.segments == REJECTED] = CHOSEN
+        batch.segments -= (batch.segments % 3 == REJECTED).long()
 
     def rejected_does_not_see_its_prompt(batch):
-        batch.segments[batch.segments == PROMPT] = CHOSEN
+        batch.segments += (batch.segments % 3 == PROMPT).long()
+
+    def pairs_see_each_other(batch):
+        batch.segments %= 3
 
     def positions_do_not_restart(batch):
         batch.position_ids = torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids)
 
-    assert not is_seen(lambda batch: None)
+    one_row = [[3, 0, 5, 1, 2, 4]]
+    for rows in (None, [[i] for i in range(6)], [[0, 1], [2, 3], [5, 4]], one_row):
+        assert not is_seen(lambda batch: None, rows)
+    assert is_seen(pairs_see_each_other, one_row)
     assert is_seen(rejected_sees_chosen)
     assert is_seen(rejected_does_not_see_its_prompt)
     assert is_seen(positions_do_not_restart)
@@ -81,7 +87,7 @@ def test_controls_a_wrong_mask_and_wrong_positions_are_seen(name):
 def test_a_window_counts_positions_of_the_conversation(monkeypatch):
     """Control: counted along the row, the rejected answer would be too far from its prompt."""
     model, pairs = tiny_model("mistral_window"), random_pairs(6)
-    batch = collate(pairs, share_prefix=True)
+    batch = collate(pairs, share_prefix=True, rows=[[i] for i in range(6)])
     mask = rdpo.attention_mask(model, batch)
     row_distance = torch.arange(mask.shape[2])[:, None] - torch.arange(mask.shape[2])
     too_far = row_distance >= model.config.sliding_window
@@ -96,7 +102,7 @@ def test_attention_on_a_gpu_needs_no_copy_of_the_mask_and_no_cudnn(width, tmp_pa
     """CUDA's fused attention copies no mask whose strides, but the last, are multiples of 8."""
     model = tiny_model("mistral_window")
     pairs = [Pair("", "", [1] * (width - 5), [2] * 3, [3] * 2, None, None)] * 2
-    mask = rdpo.attention_mask(model, collate(pairs, share_prefix=True))
+    mask = rdpo.attention_mask(model, collate(pairs, share_prefix=True, rows=[[0], [1]]))
     assert mask.shape == (2, 1, width, width) and mask.stride()[-1] == 1
     assert all(stride % 8 == 0 for stride in mask.stride()[:-1])
     model.save_pretrained(tmp_path)
@@ -125,7 +131,7 @@ def test_chats_system_messages_and_long_prompts(toy_tokenizer, write_rows):
     with torch.no_grad():
         plain = plain_sequence_logps(model, pairs)
         assert difference(batch, sequence_logps(model, batch), plain) < 1e-5
-        batch.position_ids[batch.segments == REJECTED] += 1  # control
+        batch.position_ids[batch.segments % 3 == REJECTED] += 1  # control
         assert difference(batch, sequence_logps(model, batch), plain) > 1e-5
 
 
@@ -242,7 +248,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_tensor_of_tokens_times_vocabulary_ever_exists(monkeypatch):
-    vocab, pairs = 5000, random_pairs(24)
+    vocab, pairs = 10000, random_pairs(24)
     model, batch = tiny_model(vocab=vocab), collate(pairs, share_prefix=True)
     tokens, head = len(batch.targets), 32 * vocab
     assert tokens > 3 * 32

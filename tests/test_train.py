@@ -497,9 +497,9 @@ def test_llama_4_whose_class_names_another_models_decoder(
 def test_layout_is_tried_on_the_longest_pair_that_a_batch_holds(monkeypatch):
     pairs, tried = random_pairs(12), []
 
-    def record(batch, share_prefix=False):
+    def record(batch, share_prefix=False, rows=None):
         tried.append(batch[0])
-        return collate(batch, share_prefix)
+        return collate(batch, share_prefix, rows)
 
     monkeypatch.setattr(train, "collate", record)
     for bound in (10**6, 60, 1):
