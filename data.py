@@ -4,13 +4,15 @@ A row is a JSON object that grows from stage to stage of the pipeline:
 
     prompts.jsonl     {"id", "prompt": text or [chat messages], "question": what the judge sees}
     synthetic.jsonl   + "rejected": the original y_o, "critique", "chosen": the revision y_r
-    scored.jsonl      + "score_rejected": s_o, "score_chosen": s_r
+    scored.jsonl      + "score_rejected": s_o, "score_chosen": s_r; or "tau" itself
 
     row -> prompt_text, answer_text    the chat template
         -> Pair                        token ids, cut to max_length
         -> micro_batches, collate      Batch: tensors
 
     python data.py scored.jsonl [--model DIR]      report on the rows; one pair token by token
+    python data.py scored.jsonl --label labels.jsonl      label pairs; --calibrate: T from labels
+    python data.py --audit out      the pairs on which student and judge disagree
     python data.py --task tasks/safety.toml --out prompts.jsonl      fetch a behaviour's prompts
 """
 import dataclasses
@@ -26,11 +28,13 @@ from jinja2 import TemplateError
 
 from infra.command import (BadInput, Parser, at_least, one_line, refuse, run,
                            template_kwargs)
+from infra.audit import show_audit
 from infra.fetch import make_prompts
+from infra.labels import calibrate, label
 from infra.models import TOY_STUDENT, load_tokenizer
 from infra.report import show_report
-from infra.rows import (RowCounts, as_messages, canonical, check_pair, families, has_input, is_cut,
-                        judge_of, stream_rows)
+from infra.rows import (RowCounts, as_messages, canonical, check_pair, families, has_input,
+                        has_tau, is_cut, judge_of, score_gap, stream_rows)
 
 # ---------------------------------------------------------------------------------- text to tokens
 
@@ -163,12 +167,9 @@ class Pair:
 
     @property
     def gap(self):
-        """score_chosen - score_rejected; nan if a score is missing.
-
-        A known scale is widened to 5 points, so that one temperature fits several judges.
-        """
+        """score_chosen - score_rejected in points of a scale of 5; nan if a score is missing."""
         scores = self.score_chosen, self.score_rejected
-        return math.nan if None in scores else (scores[0] - scores[1]) * 5 / (self.scale or 5)
+        return math.nan if None in scores else score_gap(*scores, self.scale)
 
 
 def load_pairs(path, tokenizer, max_length, needs_scores, skip_bad_rows=False):
@@ -203,7 +204,7 @@ def load_pairs(path, tokenizer, max_length, needs_scores, skip_bad_rows=False):
 def encode_pair(row, where, tokenizer, max_length, needs_scores, counts):
     """The Pair of a canonical row; None if the row is left out, which drop() counts."""
     prompt, chosen, rejected, score_chosen, score_rejected = check_pair(row, where, needs_scores)
-    if "score_chosen" not in row or "score_rejected" not in row:
+    if not has_tau(row) and not {"score_chosen", "score_rejected"} <= row.keys():
         counts.unscored.append(where)
     name = tokenizer.name_or_path
     refuse(where, (isinstance(prompt, list) and not tokenizer.chat_template,
@@ -394,19 +395,32 @@ def main(argv=None):
     parser.add_argument("--model", default=TOY_STUDENT, help="whose tokenizer (default: the toy's)")
     parser.add_argument("--max_length", type=at_least(1), default=1024, help="prompt + one answer")
     parser.add_argument("--template_kwargs", type=template_kwargs, help="as train.py's")
+    parser.add_argument("--label", help="ask a person which answers are better; labels go here")
+    parser.add_argument("--calibrate", help="fit T to this file of labels")
+    parser.add_argument("--audit", help="out_dir of a train.py run: which rows may be wrong?")
     parser.add_argument("--task", help="fetch the prompts that this behaviour's file names")
     parser.add_argument("--out", help="where the prompts to train on go")
     parser.add_argument("--held_out", help="where held-out prompts go (default: next to --out)")
     parser.add_argument("--source", help="read public prompts from this file, not from the network")
     parser.add_argument("--templates", help="file of templates with {request}; --- between two")
     parser.add_argument("--seed", type=at_least(0), default=0, help="fixes draw and split")
-    parser.add_argument("--limit", type=at_least(2), help="draw at most this many prompts in all")
+    parser.add_argument("--limit", type=at_least(2),
+                        help="at most this many prompts in all, or labels (default: 50)")
     args = parser.parse_args(argv)
-    refuse("", (bool(args.file) == bool(args.task),
-                "give one of two: a file of rows for a report, or --task and --out for prompts"),
-           (args.task and not args.out, "--task needs --out, the file to write the prompts to"))
+    refuse("", (sum(map(bool, (args.file, args.task, args.audit))) != 1,
+                "give one of three: a file of rows for a report, --task and --out for prompts, or "
+                "--audit and the out_dir of a run"),
+           (args.task and not args.out, "--task needs --out, the file to write the prompts to"),
+           ((args.label or args.calibrate) and not args.file,
+            "--label and --calibrate need a file of rows"))
     if args.task:
         return make_prompts(args)
+    if args.audit:
+        return show_audit(args.audit)
+    if args.label:
+        return label(args.file, args.label, args.limit or 50, args.seed)
+    if args.calibrate:
+        return calibrate(args.file, args.calibrate)
     tokenizer = load_tokenizer(args.model, args.template_kwargs)
     pairs, counts = load_pairs(args.file, tokenizer, args.max_length, needs_scores=False,
                                skip_bad_rows=True)

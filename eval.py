@@ -6,41 +6,49 @@
     ... --temperature 1    sampled answers, and from them the KL divergence from the base
     ... --pairwise         the judge also compares with the base's answer, in both orders
     ... --self_refine      adds a baseline: the base criticises and rewrites its own answer
+    ... --bare_question    adds a goal: the base answers the question without its persona
     python eval.py --data scored.jsonl --model out    margins and accuracy on scored pairs
+    python eval.py --text FILE --model out            what training did to ordinary text
     python eval.py --curves out [out2 ...]            draws training runs into eval/curves.png
 
 --out_dir gets answers.jsonl, eval.jsonl (scores and the judge's raw replies), pairwise.jsonl and
-report.md; asked-eval.jsonl and asked-pairwise.jsonl are the judge's input. The same command
-continues a stopped run. An answer that could not be judged has score null, and is in no mean.
+report.md; asked-eval.jsonl and asked-pairwise.jsonl are the judge's input. With --self_refine
+refined.jsonl has rows that reward.py can score, for another round. The same command continues a
+stopped run. An answer that could not be judged has score null, and is in no mean.
 """
 import json
 import os
+import re
 import sys
 import zlib
 from collections import Counter
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jinja2 import TemplateError
 
-from data import Pair, collate, encode_prompt, load_pairs, longest_row, micro_batches
+from data import Pair, collate, encode_prompt, load_pairs, longest_row, micro_batches, token_ids
 from infra.client import Client, add_client_flags
 from infra.command import BadInput, Parser, at_least, one_line, refuse, run
 from infra.disk import make_folder
 from infra.distributed import best_device
 from infra.generate import Answer, generate
+from infra.intervals import cell, equal_length, mean, ratio
 from infra.models import TOY_STUDENT, load_model, load_tokenizer, position_limit
 from infra.plots import draw_curves
 from infra.report import indented, side_by_side, table, warn_of_overlap
 from infra.resumable import Stage, checked_rows, run_batches, run_rows
-from infra.rows import as_messages, atomic_write, check_prompt, stream_rows
+from infra.rows import (as_messages, atomic_write, check_prompt, question_of, read_text,
+                        stream_rows)
 from infra.task import load_task
-from rdpo import reference_fingerprint, sequence_logps
-from reward import ENDPOINTS, add_judge_flags, ask_which, provenance, question_of, score_answer
+from rdpo import logit_scaling, logits_in_chunks, reference_fingerprint, sequence_logps
+from reward import (ENDPOINTS, add_judge_flags, check_pairwise, compare, provenance,
+                    score_answer)
 
 # ---------------------------------------------------------------------------------------- answers
 
-REFINED = "base + self-refine"
+BARE, REFINED = "base, bare question", "base + self-refine"
 
 
 def generate_turns(model, tokenizer, rows, task, args):
@@ -92,12 +100,21 @@ def answer_rows(path, system, model, tokenizer, rows, task, args):
         for row, *turns in zip(batch, *generate_turns(model, tokenizer, batch, task, args)):
             last = turns[-1]
             yield row | {"turns": [turn.text for turn in turns[:-1]], "answer": last.text,
-                         "finish": last.finish, "prompt_ids": last.prompt_ids, "ids": last.ids}
+                         "finishes": [turn.finish for turn in turns], "finish": last.finish,
+                         "prompt_ids": last.prompt_ids, "ids": last.ids}
 
     by_length = sorted(rows, key=lambda row: len(str(row["prompt"])))
-    adds = ("turns", "answer", "finish", "prompt_ids", "ids")
+    adds = ("turns", "answer", "finishes", "finish", "prompt_ids", "ids")
     answers = run_batches(path, by_length, adds, answer, args.batch_size, system)
     return [answers[row["id"]] for row in rows]
+
+
+def refined_rows(rows, model):
+    """Rows of stage 1 for reward.py, from those that a model refined by itself."""
+    keys = ("behaviour", "prompt", "question")
+    return [{"id": row["row"]} | {key: row[key] for key in keys if key in row}
+            | {"rejected": row["turns"][0], "critique": row["turns"][1], "chosen": row["answer"],
+               "teacher": {"model": model, "finish": row["finishes"]}} for row in rows]
 
 
 def fault(row):
@@ -123,7 +140,7 @@ TOKENS_PER_BATCH = 4096  # in one forward pass, padding included: memory only
 def pair_logps(model, pairs):
     """(P, 2): log pi(chosen) and log pi(rejected) of data.Pairs in nats, summed over tokens."""
     logps = torch.empty(len(pairs), 2)  # (P, 2)
-    for indices in micro_batches(pairs, range(len(pairs)), TOKENS_PER_BATCH):
+    for indices in micro_batches(pairs, range(len(pairs)), TOKENS_PER_BATCH, False):
         batch = collate([pairs[i] for i in indices]).to(model.device)
         logps[indices] = sequence_logps(model, batch).view(2, -1).T.cpu()
     return logps
@@ -141,6 +158,64 @@ def answer_logps(model, answers):
     return pair_logps(model, pairs)[:, 0]
 
 
+# ---------------------------------------------------------------------------------- ordinary text
+
+
+def load_paragraphs(path, tokenizer, max_length):
+    """A text file's paragraphs, between empty lines: each a list of chunks, lists of token ids.
+
+    A chunk has at most max_length tokens, bos first if this tokenizer begins texts with it. The
+    tokens behind a chunk's first are predicted; a chunk without any is left out.
+    """
+    bos = [token for token in tokenizer("").input_ids[:1] if token == tokenizer.bos_token_id]
+    size, paragraphs = max_length - len(bos), []
+    for text in re.split(r"\n\s*\n", read_text(path, "a file of plain text")):
+        ids = token_ids(tokenizer, text.strip())
+        chunks = [bos + ids[start:start + size] for start in range(0, len(ids), size)]
+        paragraphs.append([chunk for chunk in chunks if len(chunk) > 1])
+    paragraphs = [chunks for chunks in paragraphs if chunks]
+    refuse(path, (not paragraphs, "no text of two tokens or more; give a file of plain text"))
+    return paragraphs
+
+
+@torch.no_grad()
+def text_states(model, paragraphs):
+    """(hidden states (N, D) before each predicted token, *head): what its logits are made of.
+
+    They wait on the CPU for the other model: much smaller than N x V logits, and as exact.
+    """
+    hidden = [model.base_model(input_ids=torch.tensor([ids], device=model.device),
+                               use_cache=False).last_hidden_state[0, :-1].cpu()  # (T - 1, D)
+              for chunks in paragraphs for ids in chunks]
+    head = model.get_output_embeddings()
+    bias = None if head.bias is None else head.bias.cpu()
+    return torch.cat(hidden), head.weight.cpu(), bias, *logit_scaling(model)
+
+
+@torch.no_grad()
+def text_nats(states, paragraphs, device):
+    """{model: (3, P)}: per paragraph, the sums of -log pi(token) and of KL(base || model) in nats,
+    and the number of tokens. The KL at a position is exact: a sum over the vocabulary.
+    """
+    targets = torch.tensor([token for chunks in paragraphs for ids in chunks for token in ids[1:]],
+                           device=device)  # (N,)
+
+    def logps(hidden, weight, bias, scale, cap):
+        # In bfloat16 the rounding of a logit would pass for a divergence.
+        hidden, weight = hidden.to(device, torch.float32), weight.to(device, torch.float32)
+        for chunk, logits in logits_in_chunks(hidden, weight, bias, scale, cap):
+            yield chunk, logits.log_softmax(1)  # (n, V)
+
+    sizes, sums = [sum(len(ids) - 1 for ids in chunks) for chunks in paragraphs], {}
+    for name in states:
+        nats = torch.ones(3, len(targets), device=device)  # (3, N)
+        for (chunk, base), (_, own) in zip(logps(*states["base"]), logps(*states[name])):
+            nats[0, chunk] = F.nll_loss(own, targets[chunk], reduction="none")
+            nats[1, chunk] = F.kl_div(own, base, reduction="none", log_target=True).sum(1)
+        sums[name] = torch.stack([part.sum(1) for part in nats.split(sizes, 1)], 1).cpu()
+    return sums
+
+
 # -------------------------------------------------------------------------------------- the judge
 
 
@@ -155,7 +230,8 @@ def judge_rows(args, task, rows, name, key):
 
     def work(row):
         if key == "win":
-            number, replies = win_over_base(client, task, args, row)
+            number, replies = compare(client, task.judge, args, question_of(row),
+                                      row["answer"], row["base"])
         else:
             number, replies = score_answer(client, task, args, row, row["answer"])
         return row | {key: number, "judge": {"said": replies}}
@@ -166,57 +242,6 @@ def judge_rows(args, task, rows, name, key):
     # The file is empty if no row was ever finished.
     judged = stream_rows(args.out) if os.path.getsize(args.out) else []
     return {row["id"]: row[key] for _, row in judged}, failed
-
-
-def win_over_base(client, task, args, row):
-    """(win or None, replies): 1 if the judge prefers the answer to the base's, 0 if not.
-
-    The mean of both orders: a judge that goes by the order alone contradicts itself, 1/2.
-    """
-    question, answer, base = question_of(row), row["answer"], row["base"]
-    first, replies_first = ask_which(client, task.judge, args, question, answer, base)
-    second, replies_second = ask_which(client, task.judge, args, question, base, answer)
-    win = None if None in (first, second) else (first + 1 - second) / 2
-    return win, [replies_first, replies_second]
-
-
-# ------------------------------------------------------------------------- numbers with intervals
-
-
-def bootstrap(statistic, *columns, resamples=2000, seed=0):
-    """(value, low, high): a statistic of columns (N,), N >= 1, and its 95 % bootstrap interval.
-
-    statistic takes one array (..., N) per column and reduces the last axis, as `mean` does.
-    """
-    columns = [np.asarray(column, dtype=float) for column in columns]
-    count = len(columns[0])
-    indices = np.random.default_rng(seed).integers(count, size=(resamples, count))
-    low, high = np.percentile(statistic(*(column[indices] for column in columns)), (2.5, 97.5))
-    return float(statistic(*columns)), float(low), float(high)
-
-
-def mean(values):
-    return values.mean(-1)
-
-
-def equal_length(gaps, length_gaps):
-    """The score gap (..., N) -> (...) between two systems whose answers are equally long.
-
-    The intercept of a linear regression of gaps on length gaps; the mean if all lengths agree.
-    """
-    x = length_gaps - length_gaps.mean(-1, keepdims=True)
-    slope = (x * gaps).sum(-1) / np.maximum((x * x).sum(-1), 1e-9)
-    return gaps.mean(-1) - slope * length_gaps.mean(-1)
-
-
-def cell(form, statistic, *columns):
-    """A statistic and its interval as text, over rows without nan; "-" if there is no such row."""
-    known = ~np.isnan(sum(columns))  # (N,)
-    if not known.any():
-        return "-"
-    numbers = bootstrap(statistic, *(column[known] for column in columns))
-    value, low, high = (format(number, form) for number in numbers)
-    return f"{value} [{low}, {high}]"
 
 
 # -------------------------------------------------------------------------------------- the table
@@ -263,9 +288,20 @@ def pair_cells(pairs, logps, reference):
             "logp rejected, nats": cell(".2f", mean, rejected)}
 
 
+def text_cells(nats, base_nats):
+    """{measurement: cell} of a model on ordinary text, from its and the base's text_nats."""
+    nll, kl, tokens = nats.double().numpy()  # (P,) each
+    more = nll - base_nats[0].numpy()
+    if nats is base_nats:
+        more, kl = more * np.nan, kl * np.nan  # the base has no distance from itself
+    return {"nll per token, nats": cell(".3f", ratio, nll, tokens),
+            "nll above the base's": cell("+.3f", ratio, more, tokens),
+            "KL from base, nats per token": cell(".4f", ratio, kl, tokens)}
+
+
 def notes_on(args, answers, scores, wins):
     """The notes below the table, one sentence per line."""
-    lines = ["[low, high]: 95 % bootstrap interval over prompts or pairs"]
+    lines = ["[low, high]: 95 % bootstrap interval over prompts, pairs or paragraphs"]
     for name, rows in answers.items():
         for verb, asked, numbers in (("judge", args.base_url, scores),
                                      ("compare", args.pairwise and name != "base", wins)):
@@ -293,7 +329,9 @@ def get_args(argv):
     flag("--base_model", default=TOY_STUDENT, help="the reference (default: the toy student)")
     flag("--prompts", help="held-out rows with a prompt")
     flag("--data", help="held-out rows with chosen, rejected and, maybe, scores")
-    flag("--max_length", type=at_least(1), default=1024, help="of --data: prompt + one answer")
+    flag("--text", help="ordinary text, UTF-8, paragraphs between empty lines")
+    flag("--max_length", type=at_least(2), default=1024,
+         help="of --data: prompt + one answer; of --text: tokens read at a time")
     flag("--out_dir", default="eval", help="where all files go (default: eval)")
     # the answers
     flag("--max_new_tokens", type=at_least(1), default=256, help="limit of an answer")
@@ -301,12 +339,12 @@ def get_args(argv):
     flag("--seed", type=at_least(0), default=0)
     flag("--batch_size", type=at_least(1), default=64, help="answers at a time: memory and speed")
     flag("--self_refine", action="store_true", help="also the base's own rewrites of its answers")
+    flag("--bare_question", action="store_true", help="also the base's answers to `question` alone")
     # the judge; args.model is its name, as in reward.py
     flag("--task", help="the behaviour, a file such as tasks/sycophancy.toml")
     flag("--base_url", help="the judge's server, http://127.0.0.1:8000/v1 (default: no judge)")
     flag("--judge_model", dest="model", help="the judge's name on that server")
     flag("--endpoint", choices=ENDPOINTS, help="the judge is a reward model, as in reward.py")
-    flag("--pairwise", action="store_true", help="win rates from comparisons, in both orders")
     add_client_flags(parser, max_tokens=512)
     add_judge_flags(parser)
     parser.set_defaults(limit=None, show=False)  # run_rows judges all rows, silently
@@ -314,14 +352,15 @@ def get_args(argv):
     args.students = [folder.rstrip("/") for folder in args.students]
     refuse(
         "",
-        (not args.curves and not (args.students and (args.prompts or args.data)),
-         "give --model with --prompts or --data, or --curves"),
+        (not args.curves and not (args.students and (args.prompts or args.data or args.text)),
+         "give --model with --prompts, --data or --text, or --curves"),
         (args.base_url and not (args.prompts and args.model and (args.task or args.endpoint)),
          "--base_url needs --task or --endpoint, with --prompts and --judge_model"),
         (args.pairwise and (not args.base_url or args.endpoint),
          "--pairwise needs --base_url with an LLM as the judge, not --endpoint"),
         (args.self_refine and not (args.task and args.prompts),
          "--self_refine needs --task and --prompts"),
+        (args.bare_question and not args.prompts, "--bare_question needs --prompts"),
         (len({"base", *args.students}) <= len(args.students),
          "--model names a folder twice, or one called base; give each once, under another name"),
         (os.path.exists(args.out_dir) and not os.path.isdir(args.out_dir),
@@ -330,15 +369,17 @@ def get_args(argv):
 
 
 def load_inputs(args):
-    """(task, rows, pairs, {folder: tokenizer}, notes), all checked before anything is computed."""
+    """(task, rows, pairs, paragraphs, {folder: tokenizer}, notes), all checked at the start."""
     task = load_task(args.task) if args.task else None
-    refuse(args.task, (args.pairwise and not task.judge.pairwise,
-                       "no `judge.pairwise`, which --pairwise needs; see tasks/sycophancy.toml"))
+    check_pairwise(args, task)
     if args.base_url:
         Client(args)  # raises for a wrong address or a missing key
-    rows, pairs, notes = [], [], []
+    rows, pairs, paragraphs, notes = [], [], [], []
     if args.prompts:
         rows = [row for _, row in checked_rows(args.prompts, None, check_prompt, ())]
+    same = all(row.get("question", row["prompt"]) == row["prompt"] for row in rows)
+    refuse(args.prompts, (args.bare_question and same, "no row has a `question` other than its "
+                          "prompt, which --bare_question needs"))
     tokenizers = {folder: load_tokenizer(folder) for folder in (args.base_model, *args.students)}
     base = tokenizers[args.base_model]
     for folder in args.students:
@@ -351,18 +392,21 @@ def load_inputs(args):
     if args.data:
         pairs, counts = load_pairs(args.data, base, args.max_length, needs_scores=False)
         notes = counts.lines()
+    if args.text:
+        paragraphs = load_paragraphs(args.text, base, args.max_length)
     for folder in args.students:
         warn_of_overlap(folder, args.prompts, [row["prompt"] for row in rows])
         warn_of_overlap(folder, args.data, [pair.prompt for pair in pairs])
-    return task, rows, pairs, tokenizers, notes
+    return task, rows, pairs, paragraphs, tokenizers, notes
 
 
-def run_models(args, task, rows, pairs, tokenizers):
-    """({system: rows of answers.jsonl}, {row id: log-ratio to the base}, {model: pair_logps})."""
+def run_models(args, task, rows, pairs, paragraphs, tokenizers):
+    """Four dicts: {system: rows of answers.jsonl}, {row id: log-ratio to the base}, {model:
+    pair_logps}, {model: its text_nats}."""
     path = os.path.join(args.out_dir, "answers.jsonl")
     device = best_device()
-    longest = max(map(longest_row, pairs), default=0)
-    answers, sampled, kl, logps = {}, {}, {}, {}
+    longest = max([0, *map(longest_row, pairs), *(len(chunks[0]) for chunks in paragraphs)])
+    answers, sampled, kl, logps, states = {}, {}, {}, {}, {}
     # One model in memory at a time. The base is last: KL needs its view of the students' answers.
     for name, folder in [*zip(args.students, args.students), ("base", args.base_model)]:
         model = None  # frees the one before
@@ -370,8 +414,10 @@ def run_models(args, task, rows, pairs, tokenizers):
         limit = position_limit(model)
         refuse(f"--max_length {args.max_length}", (
             longest > limit,
-            f"{args.data} has a row of {longest} tokens, but {folder} takes {limit}"))
+            f"--data or --text has a row of {longest} tokens, but {folder} takes {limit}"))
         logps[name] = pair_logps(model, pairs)
+        if paragraphs:
+            states[name] = text_states(model, paragraphs)
         if rows:
             answers[name] = answer_rows(path, name, model, tokenizers[folder], rows, None, args)
         if rows and args.temperature == 1 and name != "base":
@@ -381,9 +427,15 @@ def run_models(args, task, rows, pairs, tokenizers):
     for name, (texts, student_logps) in sampled.items():
         log_ratios = student_logps - answer_logps(model, texts)
         kl |= zip((row["id"] for row in answers[name]), log_ratios.tolist())
+    if args.bare_question:
+        bare = [row | {"prompt": row.get("question", row["prompt"])} for row in rows]
+        answers[BARE] = answer_rows(path, BARE, model, tokenizers[folder], bare, None, args)
     if args.self_refine:
         answers[REFINED] = answer_rows(path, REFINED, model, tokenizers[folder], rows, task, args)
-    return answers, kl, logps
+        refined = refined_rows(answers[REFINED], folder)
+        atomic_write(os.path.join(args.out_dir, "refined.jsonl"),
+                     "".join(json.dumps(row) + "\n" for row in refined))
+    return answers, kl, logps, text_nats(states, paragraphs, device) if paragraphs else {}
 
 
 def main(argv=None):
@@ -393,9 +445,9 @@ def main(argv=None):
         path = os.path.join(args.out_dir, "curves.png")
         draw_curves(args.curves, path)
         return print(path)
-    task, rows, pairs, tokenizers, data_notes = load_inputs(args)
+    task, rows, pairs, paragraphs, tokenizers, data_notes = load_inputs(args)
     make_folder("--out_dir", args.out_dir)
-    answers, kl, logps = run_models(args, task, rows, pairs, tokenizers)
+    answers, kl, logps, nats = run_models(args, task, rows, pairs, paragraphs, tokenizers)
 
     # The judge: a score per answer and, with --pairwise, whether it wins over the base's.
     scores, wins, failed = {}, {}, 0
@@ -410,8 +462,9 @@ def main(argv=None):
         wins, failed_pairs = judge_rows(args, task, asked, "pairwise.jsonl", "win")
         failed += failed_pairs
 
-    # The table: a block per behaviour, one for all of them, and one for the pairs.
-    answers = {name: answers[name] for name in ("base", REFINED, *args.students) if name in answers}
+    # The table: a block per behaviour, one for all of them, one for pairs, one for text.
+    answers = {name: answers[name] for name in ("base", BARE, REFINED, *args.students)
+               if name in answers}
     groups, blocks = {}, {}  # behaviour -> indices of its rows
     for i, row in enumerate(rows):
         behaviour = str(row.get("behaviour", task.name if task else "answers"))
@@ -423,10 +476,14 @@ def main(argv=None):
         blocks[f"{behaviour}, {len(indices)} prompts"] = {
             name: answer_cells(args, own, chosen["base"], scores, wins, kl)
             for name, own in chosen.items()}
+    models = ("base", *args.students)
     if pairs:
         blocks[f"validation pairs of {args.data}"] = {
-            name: pair_cells(pairs, logps[name], logps["base"])
-            for name in ("base", *args.students)}
+            name: pair_cells(pairs, logps[name], logps["base"]) for name in models}
+    if paragraphs:
+        heading = f"text of {args.text}, {nats['base'][2].sum():.0f} tokens in {len(paragraphs)}"
+        blocks[f"{heading} paragraphs"] = {
+            name: text_cells(nats[name], nats["base"]) for name in models}
     text = "\n".join([table(blocks), "", *notes_on(args, answers, scores, wins), *data_notes])
     print("\n" + text)
 

@@ -9,14 +9,17 @@
         --base_url URL --model NAME
     python reward.py --endpoint /classify --data ... --out ... --base_url URL --model NAME
 
-With --task an LLM judges as the task's [judge] section says. With --endpoint a reward model gives
+With --task an LLM judges as the task's [judge] section says; with --pairwise it compares the two
+answers, and the row gets "tau" in place of scores. With --endpoint a reward model gives
 one number per text: vLLM's /classify, /score or /pooling, or /predict of text-embeddings-inference
-(URL such as http://127.0.0.1:8000). Crashes and failures are handled as in teacher.py.
+(URL such as http://127.0.0.1:8000). With --reward_model FOLDER_OR_HUB_ID there is no server: the
+model runs in this process. Crashes and failures are handled as in teacher.py.
 
 A reply without a verdict is asked for again at temperature 0.7, because at 0 it would repeat. After
 --verdict_retries the score is null. To judge a row again, remove its line from --out.
 """
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -26,10 +29,11 @@ import unicodedata
 from collections import Counter
 
 from infra.client import Client, add_stage_flags, chat, split_thinking
-from infra.command import Parser, at_least, printable, run
+from infra.command import Parser, at_least, printable, refuse, run
 from infra.report import show_gaps
 from infra.resumable import RowFailed, Stage, digest, run_rows
-from infra.rows import FINISHED, as_answer, check_pair, check_prompt, stream_rows
+from infra.rows import (FINISHED, as_answer, check_pair, check_prompt, log_odds, question_of,
+                        stream_rows)
 from infra.task import load_task
 
 NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
@@ -177,11 +181,19 @@ def ask(client, judge, args, template, texts, score_of):
     return (statistics.fmean(scores) if len(scores) == args.samples else None), attempts
 
 
-def ask_which(client, judge, args, question, first, second):
-    """(win or None, attempts): 1 if the first answer is better, 0 if the second, 1/2 if neither."""
-    texts = {"question": question, "first": first, "second": second}
+def compare(client, judge, args, question, answer, other):
+    """(P(answer is better than other) or None, attempts in both orders).
+
+    In each order the verdict is 1, 2 or 0 for neither: a win is 1, 0 or 1/2, or graded. The mean
+    of both orders is free of the place's own pull: a judge that sees only it gives 1/2.
+    """
     which = dataclasses.replace(judge, verdict="Better:", lowest=0, highest=2)
-    return ask(client, which, args, judge.pairwise, texts, {1: 1.0, 2: 0.0, 0: 0.5}.get)
+    (first, attempts_first), (second, attempts_second) = (
+        ask(client, which, args, judge.pairwise, {"question": question, "first": a, "second": b},
+            {1: 1.0, 2: 0.0, 0: 0.5}.get)
+        for a, b in ((answer, other), (other, answer)))
+    win = None if None in (first, second) else (first + 1 - second) / 2
+    return win, [attempts_first, attempts_second]
 
 
 # ---------------------------------------------------------------------------------- reward models
@@ -231,16 +243,14 @@ def ask_reward_model(client, args, question, answer):
     return numbers[0]
 
 
+def check_pairwise(args, task):
+    """BadInput if --pairwise has no LLM to ask, or no text to ask with."""
+    refuse("", (args.pairwise and not task, "--pairwise needs --task, an LLM as the judge"))
+    refuse(args.task, (args.pairwise and not task.judge.pairwise,
+                       "no `judge.pairwise`, which --pairwise needs; see tasks/sycophancy.toml"))
+
+
 # ------------------------------------------------------------------------------------------ rows
-
-
-def question_of(row):
-    """The judge's question: row["question"], else the prompt; long chats with role names."""
-    if "question" in row or isinstance(row["prompt"], str):
-        return row.get("question", row["prompt"])
-    if len(row["prompt"]) == 1:
-        return row["prompt"][0]["content"]
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row["prompt"])
 
 
 def score_answer(client, task, args, row, answer):
@@ -262,13 +272,32 @@ def score_row(client, task, args, row):
     return row | scores | {"judge": raw}
 
 
+def score_rows(model, rows):
+    """score_row for several rows, by a RewardModel in this process. Yields a row or RowFailed."""
+    names = ("rejected", "chosen")
+    scores = model.scores([(question_of(row), as_answer(row[name]))
+                           for row in rows for name in names])
+    for row, *own in zip(rows, scores[::2], scores[1::2]):
+        failed = [score for score in own if isinstance(score, RowFailed)]
+        yield failed[0] if failed else row | {
+            "score_" + name: score for name, score in zip(names, own)} | {
+            "judge": dict(zip(names, own))}
+
+
+def compare_row(client, task, args, row):
+    """The row with tau, the judge's P(chosen is better than rejected), and its raw replies."""
+    chosen, rejected = as_answer(row["chosen"]), as_answer(row["rejected"])
+    tau, attempts = compare(client, task.judge, args, question_of(row), chosen, rejected)
+    return row | {"tau": tau, "judge": dict(zip(("chosen_first", "rejected_first"), attempts))}
+
+
 def provenance(task, args):
     """The judge's identity, kept in each row: one file never mixes the scores of two judges."""
     if args.endpoint:
         return {"model": args.model, "endpoint": args.endpoint}
     judge = dataclasses.asdict(task.judge) | ({"json": True} if args.json_verdicts else {})
-    return {"model": args.model, "task": digest(judge, ()), "behaviour": task.name,
-            "scale": score_range(task.judge)}
+    who = {"model": args.model, "task": digest(judge, ()), "behaviour": task.name}
+    return who if args.pairwise else who | {"scale": score_range(task.judge)}
 
 
 def check_row(row, where):
@@ -277,44 +306,60 @@ def check_row(row, where):
 
 
 def show_row(row):
-    """Print a finished row: the question, both answers and the judge's replies."""
+    """Print a finished row: the question, both answers, what they got and the judge's replies."""
     print(f"======== {printable(str(row['id']))}")
     print(f"-------- question\n{printable(question_of(row))}")
     for name in ("rejected", "chosen"):
-        print(f"-------- {name}, score {row['score_' + name]}\n{printable(as_answer(row[name]))}")
-        for reply in replies_in(row, name):
-            print(f"-------- the judge, finish {reply['finish']}, verdict {reply['verdict']}\n"
-                  f"{printable(reply['reply'].strip())}")
+        print(f"-------- {name}\n{printable(as_answer(row[name]))}")
+    for name, attempts in attempts_in(row):
+        for reply in attempts:
+            print(f"-------- the judge on {name}, finish {reply['finish']}, verdict "
+                  f"{reply['verdict']}\n{printable(reply['reply'].strip())}")
+    numbers = {key: row[key] for key in ("score_rejected", "score_chosen", "tau") if key in row}
+    print("-------- " + ", ".join(f"{key} {number}" for key, number in numbers.items()))
 
 
-def replies_in(row, name):
-    """The judge's replies about one answer; none from a reward model."""
-    return row["judge"][name] if isinstance(row["judge"][name], list) else []
+def attempts_in(row):
+    """[(what was judged, the judge's replies about it)] of a row; [] from a reward model."""
+    return [(name, attempts) for name, attempts in row["judge"].items()
+            if isinstance(attempts, list) and isinstance(attempts[0], dict)]
 
 
-def report(path):
-    """Print statistics of all scores in a file. Returns the number of answers with a score."""
-    scores, spreads, unread = [], [], []  # unread: why each reply without a verdict ended
-    for _, row in stream_rows(path):
-        for name in ("chosen", "rejected"):
-            scores.append(row["score_" + name])
-            replies = [(reply["verdict"], reply["finish"]) for reply in replies_in(row, name)]
-            unread += [finish for verdict, finish in replies if verdict is None]
-            verdicts = [verdict for verdict, _ in replies if verdict is not None]
-            if len(verdicts) > 1:
-                spreads.append(statistics.pstdev(verdicts))
-    gaps = [chosen - rejected for chosen, rejected in zip(scores[::2], scores[1::2])
-            if None not in (chosen, rejected)]
-    scored = len(scores) - scores.count(None)
-    print(f"{scored} of {len(scores)} answers have a score ({100 * scored / len(scores):.1f} %); "
+def report(path, adds, good):
+    """Print statistics of the numbers that were added to a file. Returns how many are not null."""
+    numbers, gaps, spreads = [], [], []
+    unread, ties_of_verdicts = [], []  # why each reply without a verdict ended; True or False
+    for where, row in stream_rows(path):
+        added = [row[key] for key in adds]
+        numbers += added
+        if None not in added:
+            gaps.append(log_odds(*added, where) if len(added) == 1 else added[1] - added[0])
+        means, is_graded = set(), False
+        for _, attempts in attempts_in(row):
+            unread += [reply["finish"] for reply in attempts if reply["verdict"] is None]
+            read = [reply for reply in attempts if reply["verdict"] is not None]
+            if read:
+                means.add(statistics.fmean(better(reply["verdict"], good) for reply in read))
+                is_graded |= "graded" in read[-1]
+            if len(read) > 1:
+                spreads.append(statistics.pstdev(reply["verdict"] for reply in read))
+        if is_graded and None not in added:
+            ties_of_verdicts.append(len(means) == 1)
+    known = len(numbers) - numbers.count(None)
+    what = "answers have a score" if len(adds) > 1 else "rows have a tau"
+    print(f"{known} of {len(numbers)} {what} ({100 * known / len(numbers):.1f} %); "
           f"{len(unread)} replies had no verdict, {unread.count('length')} of them cut by "
-          f"--max_tokens; {len(scores) // 2 - len(gaps)} rows lack a score")
+          f"--max_tokens; {len(numbers) // len(adds) - len(gaps)} rows lack "
+          f"{what.split()[-2]} {what.split()[-1]}")
     if spreads:
         print(f"repeated verdicts: identical on {100 * spreads.count(0) / len(spreads):.1f} % of "
               f"the answers, mean standard deviation {statistics.fmean(spreads):.2f}")
+    if ties_of_verdicts:
+        print(f"{len(ties_of_verdicts)} rows have graded scores: {sum(ties_of_verdicts)} of them "
+              "would tie by whole verdicts")
     if gaps:
-        show_gaps(gaps, "rows")
-    return scored
+        show_gaps(gaps, "rows" if len(adds) > 1 else "rows (log-odds of tau)")
+    return known
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -328,6 +373,8 @@ def add_judge_flags(parser):
                         help="verdicts per answer, averaged; if above 1, at temperature 0.7")
     parser.add_argument("--json_verdicts", action="store_true",
                         help="ask the server to hold the judge to JSON (response_format)")
+    parser.add_argument("--pairwise", action="store_true",
+                        help="the judge compares two answers, in both orders")
 
 
 def main(argv=None):
@@ -336,16 +383,29 @@ def main(argv=None):
     judges.add_argument("--task", help="an LLM judges by the [judge] section of this file")
     judges.add_argument("--endpoint", choices=ENDPOINTS,
                         help="a reward model judges, at this address of --base_url")
+    judges.add_argument("--reward_model", help="a reward model's folder or hub id: no server")
     parser.add_argument("--data", required=True, help="rows with prompt, chosen and rejected")
-    add_stage_flags(parser, max_tokens=512)
+    add_stage_flags(parser, max_tokens=512, needs_server=False)
     add_judge_flags(parser)
     args = parser.parse_args(argv)
-    task, client = load_task(args.task) if args.task else None, Client(args)
-    stage = Stage(adds=("score_rejected", "score_chosen", "judge"), provenance_key="judge",
-                  provenance=provenance(task, args), check=check_row,
-                  work=lambda row: score_row(client, task, args, row), show=show_row)
-    failed = run_rows(stage, args.data, args, client.counts)
-    if os.path.getsize(args.out) and not report(args.out):  # empty if no row was ever finished
+    refuse("", (not args.reward_model and not (args.base_url and args.model),
+                "--task and --endpoint need --base_url and --model"))
+    task = load_task(args.task) if args.task else None
+    check_pairwise(args, task)
+    if args.reward_model:
+        from infra.reward_model import RewardModel  # imports torch; the other judges need none
+        args.model, args.endpoint = args.reward_model, "transformers"
+        work, counts = functools.partial(score_rows, RewardModel(args.model)), None
+    else:
+        client, work_on = Client(args), compare_row if args.pairwise else score_row
+        work, counts = functools.partial(work_on, client, task, args), client.counts
+    adds = ("tau",) if args.pairwise else ("score_rejected", "score_chosen")
+    stage = Stage(adds=(*adds, "judge"), provenance_key="judge", check=check_row, work=work,
+                  provenance=provenance(task, args), show=show_row,
+                  batch_size=32 if args.reward_model else 0)
+    failed = run_rows(stage, args.data, args, counts)
+    is_empty = os.path.getsize(args.out) == 0  # if no row was ever finished
+    if not is_empty and not report(args.out, adds, task.judge.good if task else "high"):
         print(f"error: no reply of {args.model} had a verdict; read the replies in {args.out}. "
               "Does --task match --data? Is --max_tokens large enough? Remove the file to judge "
               "again", file=sys.stderr)

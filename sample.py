@@ -3,7 +3,7 @@
     python sample.py --model out                               a chat in the terminal
     python sample.py --model out --prompt "..." [--compare]    one answer [both, side by side]
 
-In the chat /base puts your last question to the reference, the student before training; /new
+In the chat /base puts your last question to the reference (the student before training); /new
 begins a new conversation. Ctrl-C stops an answer. Ctrl-C or Ctrl-D at the prompt ends the chat.
 """
 import contextlib
@@ -35,11 +35,11 @@ def load(folder):
 
 @functools.cache
 def load_reference(folder):
-    """The student of an out_dir as it was before training. BadInput if it is not known."""
+    """The reference of an out_dir's run: --reference, else --model. BadInput if it is unknown."""
     file = os.path.join(folder, "args.json")
     flags = read_object(file, "the out_dir of a run of train.py: it names the reference")
     refuse(file, ("model" not in flags, "no `model`, so the reference is not known"))
-    return load(flags["model"] or TOY_STUDENT)
+    return load(flags.get("reference") or flags["model"] or TOY_STUDENT)
 
 
 def ask(model, tokenizer, prompt, args, seed, said=None):

@@ -26,6 +26,7 @@ from data import (batch_tokens, check_judges, collate, count_chosen, count_token
                   epoch_order, load_pairs, longest_row, micro_batches, send, split_train_val,
                   template_note)
 from infra import checkpoint, models, selfcheck
+from infra.audit import log_pairs
 from infra.card import write_card
 from infra.command import (Parser, above_0, at_least, between, number, one_line, path, refuse,
                            run, template_kwargs, warn)
@@ -132,19 +133,16 @@ def mean_metrics(sums, pair_count):
 
 
 @torch.no_grad()
-def evaluate(policy, data, args, check=None):
-    """The metrics of all pairs of a Dataset, each name behind eval/.
-
-    check({pair: log-ratios (2,)}) is called for each micro-batch.
-    """
+def evaluate(policy, data, args):
+    """(the metrics of all pairs of a Dataset, each name behind eval/; {pair: log-ratios})."""
     pair_count, chosen_tokens = len(data.pairs), count_chosen(data.pairs)
-    sums = torch.zeros(len(METRICS), device=policy.device)
+    sums, log_ratios = torch.zeros(len(METRICS), device=policy.device), {}
     for indices in rank_batches(data.pairs, range(pair_count), data.share_prefix, args):
-        _, batch_sums, log_ratios = forward(policy, data, indices, args, pair_count, chosen_tokens)
+        _, batch_sums, ratios = forward(policy, data, indices, args, pair_count, chosen_tokens)
         sums += batch_sums
-        if check:
-            check(log_ratios)
-    return {f"eval/{name}": value for name, value in mean_metrics(sums, pair_count).items()}
+        log_ratios |= ratios
+    metrics = {f"eval/{name}": value for name, value in mean_metrics(sums, pair_count).items()}
+    return metrics, dist.gather_rows(log_ratios)
 
 
 def by_behaviour(data):
@@ -179,7 +177,7 @@ SPOT_CHECKS = 16  # cached pairs of a file that are computed again
 
 
 def cache_check(pairs, cache, args):
-    """check({pair: log-ratios (2,)}): BadInput unless they are 0, as the reference's own are."""
+    """check({pair: log-ratios}): BadInput unless they are 0, as the reference's own are."""
     return functools.partial(selfcheck.check_step_0, dtype=getattr(torch, args.dtype),
                              tokens={pair.where: longest_row(pair) for pair in pairs},
                              cache_path=cache.path)
@@ -211,7 +209,7 @@ def make_dataset(policy, pairs, share_prefix, cache, args):
                 selfcheck.check_finite(torch.tensor(both), pairs[i].where)
                 if i in again:
                     known = [cache.logps[key] for key in keys[i]]
-                    check_cached({pairs[i].where: torch.tensor(both) - torch.tensor(known)})
+                    check_cached({pairs[i].where: [a - b for a, b in zip(both, known)]})
                 else:
                     cache.logps |= zip(keys[i], both)
             if dist.rank() == 0 and time.monotonic() - last_save > 60:
@@ -267,31 +265,18 @@ def train_student(args, device, dtype):
 
     # Data: every row is checked and tokenized before anything is computed.
     tokenizer = models.load_tokenizer(model_name, args.template_kwargs)
+    if args.reference:
+        vocabulary = models.load_tokenizer(args.reference).get_vocab()
+        refuse(f"--reference {args.reference}", (
+            vocabulary != tokenizer.get_vocab(), "its vocabulary is not that of --model; give the "
+                                                 "model that it was trained from"))
     train_pairs, val_pairs = load_train_val(args, tokenizer)
 
-    # Policy: float32 master weights, or frozen weights and float32 adapters. It stays in eval
-    # mode: dropout would add noise to the log-ratios.
-    policy = models.load_model(model_name, dtype="auto")
-    saved_dtype = policy.dtype if args.save_dtype == "auto" else getattr(torch, args.save_dtype)
-    weights_before = models.sample_weights(dict(policy.named_parameters()))
-    if not args.lora_rank and dtype != torch.float32 and policy.dtype != dtype:
-        print(f"student: stored in {str(policy.dtype)[6:]}, rounded to {args.dtype} first")
-        models.cast_weights(policy, dtype)  # so that policy and reference are equal at step 0
-    # Frozen 16-bit weights stay as stored under autocast. FSDP casts layer by layer.
-    if dtype == torch.float32 if args.lora_rank else not args.fsdp:
-        models.cast_weights(policy, torch.float32)
-    # The cache hashes the reference's weights: create it before adapters and shards.
+    # Policy. The cache hashes the reference's weights: create it before adapters and shards.
+    policy, saved_dtype, weights_before = load_policy(args.reference or model_name, args, dtype)
     computed_as = [args.dtype] + ["sharded"] * args.fsdp + ["compiled"] * args.compile
     cache = ReferenceCache(os.path.expanduser(args.cache_dir), policy, " ".join(computed_as))
-    if args.lora_rank:
-        add_lora(policy, args.lora_rank, args.lora_alpha)
-    if args.gradient_checkpointing:
-        models.checkpoint_layers(policy)
-    if args.fsdp:
-        layers = models.decoder_layers(policy, "--fsdp")
-        dist.shard(policy, layers, device, dtype, sequence_logps)
-    else:
-        policy.to(device)
+    place(policy, args, device, dtype)
     share_prefix = choose_layout(policy, train_pairs + val_pairs, args)
     if args.compile:
         policy.base_model.compile(dynamic=True)  # few graphs for all shapes of batches
@@ -304,6 +289,14 @@ def train_student(args, device, dtype):
     reference = f"{computed + val_computed} in {time.monotonic() - reference_began:.1f} s"
     samples = SampleAnswers(args.model is None, val_pairs)
     answers_before = sample_answers(policy, tokenizer, samples.prompts, args)
+    check_cached = cache_check(train_pairs + val_pairs, cache, args)
+    if args.reference:  # another one than the policy: what it knew is cached, the policy comes
+        check_cached(evaluate(policy, val, args)[1])
+        del policy
+        policy, saved_dtype, weights_before = load_policy(model_name, args, dtype)
+        place(policy, args, device, dtype)
+        if args.compile:
+            policy.base_model.compile(dynamic=True)
 
     # Optimizer: AdamW on the float32 masters. The gradient scaler acts under float16 only.
     masters = Masters(policy, dtype, args.seed)
@@ -321,14 +314,15 @@ def train_student(args, device, dtype):
     if args.resume:
         first_step = checkpoint.load_state(state_dir, masters, optimizer, scaler, args, data_hash)
     masters.round(first_step)
-    metrics_file = checkpoint.begin_out_dir(args, first_step)
+    metrics_file, audit_file = checkpoint.begin_out_dir(args, first_step)
     print_plan(args, policy, len(train_pairs), len(val_pairs), reference, first_step, total_steps)
     print_grid(weights_before, saved_dtype if dtype == torch.float32 else dtype, args)
     print("\n" + TABLE_HEAD)
-    check_cached = cache_check(train_pairs + val_pairs, cache, args)
-    val_metrics = evaluate(policy, val, args, None if first_step else check_cached)
+    val_metrics, val_ratios = evaluate(policy, val, args)
     selfcheck.check_student(first_step, masters, val_metrics["eval/loss"], state_dir)
     if first_step == 0:
+        if not args.reference:
+            check_cached(val_ratios)
         metrics_file.log(step=0, epoch=0.0, **val_metrics)
         print(table_line(0, {}, val_metrics))
 
@@ -357,7 +351,8 @@ def train_student(args, device, dtype):
             log_ratios |= ratios
         masters.collect_gradients()
         dist.sum_gradients(flat_gradients)
-        if step == 0:  # gate: the policy still is the reference, so every log-ratio is 0
+        log_ratios = dist.gather_rows(log_ratios)
+        if step == 0 and not args.reference:  # gate: the policy still is it, all log-ratios are 0
             check_cached(log_ratios)
 
         # Update. A step that is not finite is never taken.
@@ -381,15 +376,17 @@ def train_student(args, device, dtype):
             grad_norm=grad_norm if math.isfinite(grad_norm) else None, lr=lr,
             step_seconds=time.monotonic() - step_began, tokens=count_tokens(step_pairs),
             peak_memory_mib=peak_memory_mib(device))
+        log_pairs(audit_file, done, "training", train.part(indices), log_ratios, args)
         progress.update()
         if done % eval_every == 0 or done == total_steps:
-            val_metrics = evaluate(policy, val, args)
+            val_metrics, val_ratios = evaluate(policy, val, args)
             metrics_file.log(step=done, epoch=done / steps_per_epoch, **val_metrics)
+            log_pairs(audit_file, done, "validation", val, val_ratios, args)
             with progress.external_write_mode():
                 print(table_line(done, metrics, val_metrics))
         stop = dist.maximum(stop_signal.number)  # a signal to one rank stops all
         if done % args.save_every == 0 or done == total_steps or stop:
-            checked = val_metrics if done == total_steps else evaluate(policy, probe, args)
+            checked = val_metrics if done == total_steps else evaluate(policy, probe, args)[0]
             selfcheck.check_student(done, masters, checked["eval/loss"], state_dir)
             checkpoint.save_state(state_dir, done, masters, optimizer, scaler, args, data_hash)
         if stop:
@@ -399,7 +396,7 @@ def train_student(args, device, dtype):
             raise SystemExit(128 + stop)
     progress.close()
     for behaviour, part in by_behaviour(val).items():
-        print(table_line(one_line(behaviour), {}, evaluate(policy, part, args)))
+        print(table_line(one_line(behaviour), {}, evaluate(policy, part, args)[0]))
 
     # Export: a Hugging Face folder that transformers, vLLM and llama.cpp load, or an adapter.
     answers_after = sample_answers(policy, tokenizer, samples.prompts, args)
@@ -419,6 +416,36 @@ def train_student(args, device, dtype):
     print(f"{changed} in {args.out_dir} after {time.monotonic() - began:.0f} s")
 
 
+def load_policy(name, args, dtype):
+    """(model, dtype to save it in, sample of its stored weights). It stays in eval mode.
+
+    Dropout would add noise to the log-ratios. Weights that are trained become float32.
+    """
+    policy = models.load_model(name, dtype="auto")
+    saved_dtype = policy.dtype if args.save_dtype == "auto" else getattr(torch, args.save_dtype)
+    weights_before = models.sample_weights(dict(policy.named_parameters()))
+    if not args.lora_rank and dtype != torch.float32 and policy.dtype != dtype:
+        print(f"student: stored in {str(policy.dtype)[6:]}, rounded to {args.dtype} first")
+        models.cast_weights(policy, dtype)  # so that policy and reference are equal at step 0
+    # Frozen 16-bit weights stay as stored under autocast. FSDP casts layer by layer.
+    if dtype == torch.float32 if args.lora_rank else not args.fsdp:
+        models.cast_weights(policy, torch.float32)
+    return policy, saved_dtype, weights_before
+
+
+def place(policy, args, device, dtype):
+    """Add adapters and checkpoints, then send the model to its device or shard it over ranks."""
+    if args.lora_rank:
+        add_lora(policy, args.lora_rank, args.lora_alpha)
+    if args.gradient_checkpointing:
+        models.checkpoint_layers(policy)
+    if args.fsdp:
+        layers = models.decoder_layers(policy, "--fsdp")
+        dist.shard(policy, layers, device, dtype, sequence_logps)
+    else:
+        policy.to(device)
+
+
 def check_saved(val, trained, args):
     """Print and return the validation margin of the student read back beside the trained one's.
 
@@ -429,7 +456,7 @@ def check_saved(val, trained, args):
     if student.dtype == torch.float32:  # autocast would round it to nearest
         args = argparse.Namespace(**vars(args) | {"dtype": "float32"})
     models.cast_weights(student.to(args.device), torch.float32)
-    saved = evaluate(student, val, args)["eval/rewards/margins"] / args.beta
+    saved = evaluate(student, val, args)[0]["eval/rewards/margins"] / args.beta
     trained = trained["eval/rewards/margins"] / args.beta
     line = f"as saved: margin {saved:.2f} of {trained:.2f} (validation pairs, nats, before beta)"
     print(line)
@@ -514,6 +541,8 @@ def get_args(argv=None):
     add("--eval_share", type=share, default=0.1, help="that share, at most 256 prompts")
     add("--model", type=path,
         help="student: a folder or hub id (default: the bundled toy student)")
+    add("--reference", type=path,
+        help="another reference than --model before training: for a second round, the first one")
     add("--max_length", type=at_least(1), default=1024, help="tokens of prompt + one answer")
     add("--template_kwargs", type=template_kwargs,
         help="defaults of the chat template, such as '{\"enable_thinking\": false}'")

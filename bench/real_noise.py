@@ -31,9 +31,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import train  # noqa: E402
 from data import encode_prompt  # noqa: E402
-from eval import answer_logps, bootstrap, mean  # noqa: E402
+from eval import answer_logps  # noqa: E402
 from infra.command import Parser, run  # noqa: E402
 from infra.generate import generate  # noqa: E402
+from infra.intervals import bootstrap, mean  # noqa: E402
 from infra.models import load_model, load_tokenizer  # noqa: E402
 from infra.rows import atomic_write, canonical, read_rows  # noqa: E402
 

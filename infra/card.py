@@ -122,12 +122,12 @@ def base_of(args):
         return "toy/student", "the toy student that rdpo bundles and no hub has", {}
     if is_hub_id(args.model):
         return args.model, "that model", {"base_model": args.model}
-    return last_part(args.model), "a local folder of that name", {}
+    return name_of(args.model), "a local folder of that name", {}
 
 
 def training_lines(args, train_pairs, val_pairs):
     """What the student was trained on and how, as lines of plain text."""
-    lines = []
+    lines = [f"reference: {name_of(args.reference)}"] if args.reference else []
     for path in args.data + (args.eval_data or []):
         train, val = (sum(pair.where.startswith((f"{path}:", f"{path}, item ")) for pair in pairs)
                       for pairs in (train_pairs, val_pairs))
@@ -163,6 +163,10 @@ def validation_lines(args):
     first, last = validation[0], validation[-1]
     return [TABLE_HEAD, table_line(first["step"], {}, first),
             table_line(last["step"], training[-1], last)]
+
+
+def name_of(model):
+    return model if is_hub_id(model) else last_part(model)
 
 
 def last_part(path):

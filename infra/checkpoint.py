@@ -2,6 +2,7 @@
 
     out_dir/args.json                 the flags; a resumed run must repeat them
     out_dir/metrics.jsonl             one line per step
+    out_dir/audit.jsonl               one line per pair, see audit.py
     out_dir/state/step-00000100/      float32 weights and moments, written whole or not at all
     out_dir/model.safetensors, ...    the student as a Hugging Face folder, or an adapter
 """
@@ -83,11 +84,10 @@ def read_flags(path):
 
 
 def begin_out_dir(args, first_step):
-    """Write args.json into out_dir; returns its MetricsFile, cut after first_step."""
-    path = os.path.join(args.out_dir, "metrics.jsonl")
+    """Write args.json into out_dir; returns its (metrics, audit) LogFiles, cut after first_step."""
     dist.barrier()  # all ranks have checked out_dir and loaded its state
     if dist.rank() > 0:
-        return MetricsFile(os.devnull)
+        return LogFile(os.devnull), LogFile(os.devnull)
     for name in os.listdir(args.out_dir) if args.overwrite else ():
         path_before = os.path.join(args.out_dir, name)
         if os.path.isdir(path_before) and not os.path.islink(path_before):
@@ -96,31 +96,37 @@ def begin_out_dir(args, first_step):
             os.remove(path_before)
     text = json.dumps(vars(args) | {"torch": torch.__version__}, indent=1)
     atomic_write(os.path.join(args.out_dir, "args.json"), text)
+    return tuple(LogFile(cut_log(os.path.join(args.out_dir, name), first_step))
+                 for name in ("metrics.jsonl", "audit.jsonl"))
+
+
+def cut_log(path, last_step):
+    """Take the lines after a step out of a log: what a killed run did later is computed again."""
     lines = []
-    if first_step and os.path.exists(path):  # what a killed run logged later is computed again
+    if last_step and os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as file:
             lines = [line for number, line in enumerate(file, 1) if line.endswith("\n")
-                     and logged_step(line, f"{path}:{number}") <= first_step]
+                     and logged_step(line, f"{path}:{number}") <= last_step]
     atomic_write(path, "".join(lines))
-    return MetricsFile(path)
+    return path
 
 
 def logged_step(line, where):
-    """The step of a line of metrics.jsonl. BadInput if the line is damaged."""
+    """The step of a line of a log. BadInput if the line is damaged."""
     try:
         return int(json.loads(line)["step"])
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{where}: damaged ({first_line(error)}); delete this line") from error
 
 
-class MetricsFile:
+class LogFile:
     """Appends one JSON line at a time."""
 
     def __init__(self, path):
         self.file = open(path, "a", encoding="utf-8", buffering=1)  # flush whole lines
 
-    def log(self, **metrics):
-        self.file.write(json.dumps(metrics) + "\n")
+    def log(self, **values):
+        self.file.write(json.dumps(values) + "\n")
 
 
 # ------------------------------------------------------------------------------------------- state

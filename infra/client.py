@@ -337,11 +337,12 @@ def retry_after(header, default):
 # --------------------------------------------------------------------------------------- the flags
 
 
-def add_stage_flags(parser, max_tokens):
+def add_stage_flags(parser, max_tokens, needs_server=True):
     """The flags of both stages."""
     parser.add_argument("--out", required=True, help="output rows; an existing file is continued")
-    parser.add_argument("--base_url", required=True, help="such as http://127.0.0.1:8000/v1")
-    parser.add_argument("--model", required=True, help="the model's name on that server")
+    parser.add_argument("--base_url", required=needs_server,
+                        help="such as http://127.0.0.1:8000/v1")
+    parser.add_argument("--model", required=needs_server, help="the model's name on that server")
     add_client_flags(parser, max_tokens)
     parser.add_argument("--limit", type=at_least(1), help="read only the first N rows")
     parser.add_argument("--show", action="store_true", help="print each finished row")

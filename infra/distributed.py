@@ -108,6 +108,12 @@ def all_gather(values):
     return sum(lists, [])
 
 
+def gather_rows(rows):
+    """{name: list of numbers} of all ranks' {name: tensor (n,)}. The CPU waits for the GPU once."""
+    values = torch.stack(list(rows.values())).tolist() if rows else []
+    return dict(all_gather(list(zip(rows, values))))
+
+
 def maximum(number):
     """The largest of the ranks' integers."""
     return all_reduce(torch.tensor(number), dist.ReduceOp.MAX).item()

@@ -52,10 +52,14 @@ def make_prompts(args):
 # --------------------------------------------------------------------------- from rows to prompts
 
 
+HELD_OUT = 100  # prompts, if the source has them: a rate is then known to 10 points either way
+
+
 def draw_prompts(rows, source, templates, seed, limit):
     """(training rows, held-out rows, Counter of reasons for skipped rows). The seed fixes all.
 
-    Rows of one group stay together, so no question is on both sides of the split.
+    Held out are a share of the drawn rows and, up to HELD_OUT, rows that were not drawn. Rows of
+    one group stay together, so no question is on both sides of the split.
     """
     candidates, skipped = {}, Counter()  # prompt -> (question, group)
     for row in rows:
@@ -69,21 +73,24 @@ def draw_prompts(rows, source, templates, seed, limit):
         else:
             candidates[prompt] = question, text_at(row, source.group) or question
     rng, candidates = np.random.default_rng(seed), list(candidates.items())
-    count = min(source.draw or len(candidates), limit or len(candidates))
-    drawn = []  # (group, row), in random order
-    for i in rng.permutation(len(candidates))[:count]:
+    shuffled = []  # (group, row)
+    for i in rng.permutation(len(candidates))[:limit]:
         prompt, (question, group) = candidates[i]
         if templates:
             prompt = templates[rng.integers(len(templates))].replace("{request}", prompt)
         row_id = hashlib.sha256(json.dumps([prompt, question]).encode()).hexdigest()[:16]
-        drawn.append((group, {"id": row_id, "prompt": prompt, "question": question}))
+        shuffled.append((group, {"id": row_id, "prompt": prompt, "question": question}))
+    drawn = shuffled[:source.draw or None]
     held_out_groups, held_out_count = set(), 0
     for group, size in Counter(group for group, _ in drawn).items():
         if held_out_count < max(1, round(source.held_out * len(drawn))):
             held_out_groups.add(group)
             held_out_count += size
     training = [row for group, row in drawn if group not in held_out_groups]
-    return training, [row for group, row in drawn if group in held_out_groups], skipped
+    held_out = [row for group, row in drawn if group in held_out_groups]
+    trained_on = {group for group, _ in drawn} - held_out_groups
+    spare = [row for group, row in shuffled[len(drawn):] if group not in trained_on]
+    return training, held_out + spare[:max(HELD_OUT - len(held_out), 0)], skipped
 
 
 def reason_to_skip(row, source):

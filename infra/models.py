@@ -24,11 +24,11 @@ def is_hub_id(model):
     return not os.path.isdir(model) and bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model))
 
 
-def check_model_name(model):
+def check_model_name(model, flag="--model"):
     """BadInput for a missing folder. What reads like owner/name is left to the hub."""
-    refuse(f"--model {model}", (
+    refuse(f"{flag} {model}", (
         not os.path.isdir(model) and not is_hub_id(model),
-        "no such folder; --model takes a model folder or a hub id such as owner/name"))
+        f"no such folder; {flag} takes a model folder or a hub id such as owner/name"))
 
 
 def load_tokenizer(model, template_kwargs=None):
@@ -60,22 +60,21 @@ def load_tokenizer(model, template_kwargs=None):
     return tokenizer
 
 
-def load_model(model, dtype=torch.float32):
+def load_model(model, dtype=torch.float32, kind=AutoModelForCausalLM, flag="--model"):
     """The model of a folder or hub id in eval mode, with SDPA attention. BadInput if it fails."""
-    check_model_name(model)
+    check_model_name(model, flag)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # a table of missing weights: see below
     # On Hopper GPUs SDPA prefers cuDNN, whose backward gives nan for some masked rows
     # (github.com/pytorch/pytorch/issues/196678) and which plans anew for every shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
-        loaded, found = AutoModelForCausalLM.from_pretrained(model, dtype=dtype,
-                                                             output_loading_info=True)
+        loaded, found = kind.from_pretrained(model, dtype=dtype, output_loading_info=True)
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-        raise BadInput(f"--model {model}: cannot be loaded ({first_line(error)}); "
-                       "--model takes a model folder or a hub id") from error
+        raise BadInput(f"{flag} {model}: cannot be loaded ({first_line(error)}); "
+                       f"{flag} takes a model folder or a hub id") from error
     missing = sorted(found["missing_keys"])  # transformers would make them up at random
-    refuse(f"--model {model}", (missing, f"its files lack {len(missing)} of the weights, such as "
+    refuse(f"{flag} {model}", (missing, f"its files lack {len(missing)} of the weights, such as "
                                          f"{''.join(missing[:1])}; fetch it again"))
     if loaded.base_model is loaded:  # Llama4ForCausalLM: its prefix is that of the larger model
         loaded.base_model_prefix = "model"

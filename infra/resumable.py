@@ -39,6 +39,7 @@ class Stage:
     check: Callable  # check(row, where) raises BadInput for an unusable row
     work: Callable  # work(row) returns the row with the added keys, or raises RowFailed
     show: Callable | None = None  # show(row) prints a finished row, for --show
+    batch_size: int = 0  # above 0: work takes that many rows, and gives a row or RowFailed for each
 
 
 def digest(row, ignored_keys):
@@ -149,10 +150,18 @@ def in_threads(work, rows, threads):
         yield results.get()
 
 
+def in_batches(work, rows, size):
+    """Yield (row, its row or RowFailed) from work(batch)."""
+    rows = iter(rows)
+    while batch := list(itertools.islice(rows, size)):
+        yield from zip(batch, work(batch))
+
+
 def run_rows(stage, source, args, counts):
     """Finish the rows of `source` that args.out lacks. Returns the number of failed rows.
 
-    args has out, limit, concurrency and show; counts is the client's Counter, for the summary.
+    args has out, limit, concurrency and show; counts is the client's Counter, for the summary, or
+    None without a server.
     All rows are checked before the first request. Ends early after STOP_AFTER failures in a row.
     """
     check_files(source, args.out)
@@ -172,7 +181,9 @@ def finish_rows(stage, source, args, counts):
     bar = tqdm(total=total, initial=len(skipped), unit="row", disable=None, leave=False)
     try:
         with bar, open(args.out, "a", encoding="utf-8") as out:
-            for row, result in in_threads(stage.work, rows, args.concurrency):
+            results = (in_batches(stage.work, rows, stage.batch_size) if stage.batch_size
+                       else in_threads(stage.work, rows, args.concurrency))
+            for row, result in results:
                 if isinstance(result, RowFailed):
                     with open(failed_path, "a", encoding="utf-8") as file:
                         write_line(file, row | {"failed": str(result)})
@@ -191,17 +202,14 @@ def finish_rows(stage, source, args, counts):
                     if args.show:
                         with bar.external_write_mode():
                             stage.show(result)
-                tokens = counts["tokens_in"] + counts["tokens_out"]
-                bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
+                if counts:
+                    tokens = counts["tokens_in"] + counts["tokens_out"]
+                    bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
                 bar.update()
     finally:  # printed after Ctrl-C as well
         print(f"{args.out}: {len(skipped) + done} of {total} rows "
-              f"({len(skipped)} from before), {failed} failed; "
-              f"{counts['requests']:,} requests, {counts['retries']:,} retries, "
-              f"{counts['tokens_in']:,} tokens read, {counts['tokens_out']:,} written, "
-              f"{counts['cut']:,} replies cut by --max_tokens"
-              + "".join(f", {counts[name]:,} {what}" for name, what in RARE.items()
-                        if counts[name]), flush=True)
+              f"({len(skipped)} from before), {failed} failed"
+              + ("" if counts is None else summary(counts)), flush=True)
     if failed:
         what = f"{failed} rows failed"
         if failed_in_a_row == STOP_AFTER:
@@ -211,6 +219,13 @@ def finish_rows(stage, source, args, counts):
         print(f"error: {what}, the last because {reason}; {failed_path} has them, "
               "and the same command tries them again", file=sys.stderr)
     return failed
+
+
+def summary(counts):
+    return (f"; {counts['requests']:,} requests, {counts['retries']:,} retries, "
+            f"{counts['tokens_in']:,} tokens read, {counts['tokens_out']:,} written, "
+            f"{counts['cut']:,} replies cut by --max_tokens"
+            + "".join(f", {counts[name]:,} {what}" for name, what in RARE.items() if counts[name]))
 
 
 def run_batches(path, rows, adds, work, batch_size, name):

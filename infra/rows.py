@@ -5,6 +5,7 @@ Stages 1 and 2 run on machines without a GPU stack, so nothing here imports torc
 import gzip
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -345,6 +346,8 @@ def check_pair(row, where, needs_scores):
          "the last message of `prompt` must be the user's"),
         (None in answers, "`chosen` and `rejected` must each be text or one assistant message, "
                           "after the same messages"))
+    if has_tau(row):
+        row = row | {"score_chosen": log_odds(row["tau"], where), "score_rejected": 0.0}
     scores = [row.get(name) for name in ("score_chosen", "score_rejected")]
     for name, score in zip(("score_chosen", "score_rejected"), scores):
         is_number = isinstance(score, (int, float)) and not isinstance(score, bool)
@@ -355,6 +358,28 @@ def check_pair(row, where, needs_scores):
             (score is not None and not (is_number and abs(score) <= LARGEST_SCORE),
              f"`{name}` is {json.dumps(score)[:40]}; a score must be a finite number, or null"))
     return prompt, *answers, *(None if score is None else float(score) for score in scores)
+
+
+def has_tau(row):
+    """Whether a row has `tau`, its target itself, in place of two scores."""
+    return "tau" in row and not {"score_chosen", "score_rejected"} & row.keys()
+
+
+def log_odds(tau, where):
+    """The gap of scores whose tau at T = 1 is this; None for null. BadInput unless from 0 to 1."""
+    is_number = isinstance(tau, (int, float)) and not isinstance(tau, bool)
+    refuse(where, (tau is not None and not (is_number and 0 <= tau <= 1),
+                   f"`tau` is {json.dumps(tau)[:40]}; it must be from 0 to 1, or null"))
+    tau = tau if tau is None else min(max(tau, 1e-6), 1 - 1e-6)
+    return None if tau is None else math.log(tau / (1 - tau))
+
+
+def score_gap(score_chosen, score_rejected, scale):
+    """Chosen minus rejected. A known scale, its width, is widened to 5 points, as most judges have.
+
+    So one temperature fits several judges.
+    """
+    return (score_chosen - score_rejected) * 5 / (scale or 5)
 
 
 def judge_of(row, where):
@@ -369,6 +394,15 @@ def judge_of(row, where):
                    f"`judge.scale` is {json.dumps(scale)[:40]}; it must be [lowest, highest] "
                    "score, or be left out"))
     return str(behaviour), " ".join(named), scale and float(scale[1] - scale[0])
+
+
+def question_of(row):
+    """The judge's question: row["question"], else the prompt; long chats with role names."""
+    if "question" in row or isinstance(row["prompt"], str):
+        return row.get("question", row["prompt"])
+    if len(row["prompt"]) == 1:
+        return row["prompt"][0]["content"]
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row["prompt"])
 
 
 def as_answer(value):

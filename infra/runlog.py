@@ -23,6 +23,8 @@ def print_plan(args, policy, train_count, val_count, reference, first_step, tota
     if args.lora_rank:
         name += (f", LoRA rank {args.lora_rank}: {trained:,} of {total:,} parameters are trained, "
                  f"{100 * trained / total:.2f} %")
+    if args.reference:
+        name += f"\nreference: {args.reference}"
     where = args.device if dist.world_size() == 1 else f"{dist.world_size()} x {args.device}"
     where += ", sharded" if args.fsdp else ""
     temperature = f", T {args.temperature:g}" if args.loss == "rdpo" else ""

@@ -55,13 +55,14 @@ def can_share_prefix(pair, policy_name, plain_logps, fast_logps, dtype):
 
 
 def check_step_0(log_ratios, tokens, dtype, cache_path):
-    """BadInput if a pair's log pi - log ref (2,) is not 0 at step 0. The loss then is ln 2.
+    """BadInput if a pair's two log pi - log ref are not 0 at step 0. The loss then is ln 2.
 
     log_ratios maps the pairs' names to them, tokens to the length of the longer conversation.
     """
     for where, ratios in log_ratios.items():
         check_equal(f"{where}: at step 0 the log-probabilities of policy and cached reference",
-                    ratios, torch.zeros(2), [tokens[where]] * 2, dtype, f"delete {cache_path}")
+                    torch.tensor(ratios), torch.zeros(2), [tokens[where]] * 2, dtype,
+                    f"delete {cache_path}")
 
 
 @torch.no_grad()
@@ -97,7 +98,7 @@ def check_step(step, loss, grad_norm, scaler, log_ratios, state_dir):
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
     can_lower = scaler.get_scale() > 1
-    bad = [where for where, ratios in log_ratios.items() if not ratios.isfinite().all()]
+    bad = [where for where, ratios in log_ratios.items() if not all(map(math.isfinite, ratios))]
     rows = ", ".join((bad or list(log_ratios))[:3])
     refuse("", (not math.isfinite(loss) or not can_lower,
                 f"step {step + 1}: loss {loss}, gradient norm {grad_norm}, rows {rows}; "

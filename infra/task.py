@@ -38,7 +38,7 @@ class Source:
     keep_filled: list = field(default_factory=list)  # fields that must not be empty
     drop_containing: dict = field(default_factory=dict)  # field -> text that it must not contain
     draw: int = 0  # number of prompts to draw; 0 takes all
-    held_out: int | float = 0.1  # share of the prompts kept from training
+    held_out: int | float = 0.1  # share of the drawn prompts kept from training
 
 
 @dataclass(kw_only=True)

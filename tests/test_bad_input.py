@@ -491,7 +491,7 @@ def test_weights_that_overflow_the_forward_pass_are_not_saved(run_train, write_r
     code, _, err = run_train("--data", write_rows(rows_with(30)), "--max_steps", 1, "--lora_rank",
                              2, "--learning_rate", 1e37)
     assert code == 2 and "step 1: the student has" in err and "(nan)" in err
-    assert sorted(os.listdir(tmp_path / "out")) == ["args.json", "metrics.jsonl"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["args.json", "audit.jsonl", "metrics.jsonl"]
 
 
 def test_a_student_that_its_saved_dtype_cannot_hold(

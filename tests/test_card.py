@@ -17,7 +17,7 @@ from infra.models import TOY_STUDENT, load_model, load_tokenizer
 from infra.runlog import table_line
 
 SHORT = "--max_steps", 2, "--batch_size", 4
-BREAKERS = ("\n---\nlicense: mit\n", "\n# Heading `code` <b>*x*</b>", "\n```\n", ": [", "\x1b[2J{x}")
+BREAKERS = ("\n---\nlicense: mit\n", "\n# Head `code` <b>*x*</b>", "\n```\n", ": [", "\x1b[2J{x}")
 
 
 def card_of(folder):
@@ -113,11 +113,13 @@ def test_an_adapter_a_hub_id_and_other_losses(run_train, tmp_path, toy_rows, wri
     flags = json.loads((tmp_path / "out" / "args.json").read_text())
     tokenizer = load_tokenizer(TOY_STUDENT)
     pairs, _ = load_pairs(path, tokenizer, 1024, needs_scores=False)
-    args = SimpleNamespace(**flags | {"model": "owner/name", "loss": "sft", "lora_rank": 17})
+    args = SimpleNamespace(**flags | {"model": "owner/name", "loss": "sft", "lora_rank": 17,
+                                      "reference": str(tmp_path / "first")})
     write_card(args, tokenizer, pairs[4:], pairs[:4], "")
     metadata, text = card_of(tmp_path / "out")
     assert metadata["base_model"] == "owner/name" and metadata["tags"] == ["rdpo", "sft"]
     assert "vllm serve owner/name --enable-lora --max-lora-rank 32" in text
+    assert "    reference: first\n" in text and str(tmp_path) not in text
     assert "16 pairs to train on, 4 for validation" in text
 
     # A file that changed since the run began, or a pipe, is not described.

@@ -50,6 +50,16 @@ def test_out_dir_is_new_or_holds_the_run_to_continue_or_to_delete(
         assert os.listdir(folder) == (content or [])
 
 
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_run_that_fails_early_leaves_no_folder_behind_but_the_users_own(tmp_path, is_there):
+    folder = tmp_path / "out"
+    if is_there:
+        folder.mkdir()
+    with pytest.raises(RuntimeError), checkpoint.only_run_in(args_of(folder)):
+        raise RuntimeError
+    assert folder.exists() == is_there
+
+
 def test_out_dir_is_not_the_students_own(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path)
     for out_dir in (tmp_path, tmp_path / "link"):
@@ -59,12 +69,17 @@ def test_out_dir_is_not_the_students_own(tmp_path):
 
 def test_metrics_go_on_after_the_step_that_was_saved(tmp_path):
     def steps(first_step, *flags):
-        """The steps in metrics.jsonl after a run that begins at first_step has logged one."""
-        checkpoint.begin_out_dir(args_of(tmp_path, *flags), first_step).log(step=first_step + 1)
-        return [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")]
+        """The steps in each log after a run that begins at first_step has logged one."""
+        for log in checkpoint.begin_out_dir(args_of(tmp_path, *flags), first_step):
+            log.log(step=first_step + 1)
+        logged, audited = ([line["step"] for line in read_lines(tmp_path / f"{name}.jsonl")]
+                           for name in ("metrics", "audit"))
+        assert logged == audited
+        return logged
 
-    assert steps(2, "--resume") == [3]  # somebody has deleted the file
-    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {i}}}\n' for i in range(6)) + '{"s')
+    assert steps(2, "--resume") == [3]  # somebody has deleted the files
+    for name in ("metrics.jsonl", "audit.jsonl"):
+        (tmp_path / name).write_text("".join(f'{{"step": {i}}}\n' for i in range(6)) + '{"s')
     assert steps(3, "--resume") == [0, 1, 2, 3, 4]
     (tmp_path / "curves.png").write_text("")
     assert steps(0, "--resume") == [1] and (tmp_path / "curves.png").exists()

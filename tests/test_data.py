@@ -2,12 +2,13 @@
 import copy
 import dataclasses
 import json
+import math
 import os
 import random
 
 import pytest
 import torch
-from conftest import ROOT, random_pairs
+from conftest import ROOT, random_pairs, read_metrics
 
 import data
 from data import (Pair, batch_tokens, collate, encode_pair, epoch_order, load_pairs, micro_batches,
@@ -386,6 +387,7 @@ def test_no_warning_of_a_length_that_is_then_cut(tokenizer, write_rows, monkeypa
     monkeypatch.setattr(tokenizer, "model_max_length", 32)
     monkeypatch.setattr(tokenizer, "deprecation_warnings", {})
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, logger="transformers")  # another test may have raised it
     tokenizer.chat_template = CHATML
     path = write_rows([ROW | {"prompt": "tea " * 100}])
     assert len(load_pairs(path, tokenizer, 96, True)[0][0].prompt_ids) < 96
@@ -684,3 +686,47 @@ def test_no_second_beginning_of_text(tokenizer):
     assert adds("tea").input_ids[0] == adds.bos_token_id
     assert data.token_ids(adds, "tea") == data.token_ids(tokenizer, "tea")
     assert adds.bos_token_id not in data.token_ids(adds, "tea")
+
+
+# -------------------------------------------------------------------------- tau in place of scores
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.25, 0.5, 0.9, 1.0, 1])
+def test_a_row_with_tau_has_the_gap_that_gives_it(tokenizer, tau):
+    row = {key: value for key, value in ROW.items() if not key.startswith("score")} | {"tau": tau}
+    gap = encode(tokenizer, row).gap
+    assert 1 / (1 + math.exp(-gap)) == pytest.approx(tau, abs=2e-6)
+    scored = row | {"score_chosen": 4, "score_rejected": 1}
+    assert encode(tokenizer, scored).gap == 3  # scores come first
+
+
+@pytest.mark.parametrize("tau", [1.01, -0.1, math.nan, "0.5", True, [0.5]])
+def test_a_tau_that_is_no_probability_is_refused(tokenizer, tau):
+    row = {key: value for key, value in ROW.items() if not key.startswith("score")} | {"tau": tau}
+    with pytest.raises(BadInput, match=r"`tau` is .*; it must be from 0 to 1, or null"):
+        encode(tokenizer, row)
+
+
+def test_rows_with_a_null_tau_are_left_out_by_rdpo_alone(tokenizer, write_rows):
+    rows = [{"prompt": f"Tea {i}?", "chosen": "yes", "rejected": "no", "tau": tau}
+            for i, tau in enumerate([0.7, None, 0.2])]
+    tokenizer.chat_template = CHATML
+    pairs, counts = load_pairs(write_rows(rows), tokenizer, 96, needs_scores=True)
+    assert len(pairs) == 2 and list(counts.dropped) == ["no score"] and not counts.unscored
+    assert len(load_pairs(write_rows(rows), tokenizer, 96, needs_scores=False)[0]) == 3
+
+
+def test_training_takes_tau_as_its_target(run_train, toy_rows, write_rows, tmp_path):
+    """Rows with tau give the run that rows with the scores give, tau for tau."""
+    scored = [{key: row[key] for key in ("id", "prompt", "chosen", "rejected", "score_chosen",
+                                         "score_rejected")} for row in toy_rows[:24]]
+    targets = [{key: row[key] for key in ("id", "prompt", "chosen", "rejected")}
+               | {"tau": 1 / (1 + math.exp(row["score_rejected"] - row["score_chosen"]))}
+               for row in scored]
+    losses = []
+    for name, rows in (("scores", scored), ("tau", targets)):
+        code, _, err = run_train("--data", write_rows(rows, name), "--max_steps", 2,
+                                 "--out_dir", tmp_path / f"out-{name}", "--overwrite")
+        assert code == 0, err
+        losses.append([line["loss"] for line in read_metrics(tmp_path / f"out-{name}")[0]])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6) and len(losses[0]) == 2

@@ -15,9 +15,11 @@ import torch
 from conftest import ROOT, read_lines, says, tiny_model
 
 import eval as evaluation
+import rdpo
 import train
 from data import encode_prompt, load_pairs
 from infra.generate import Answer, generate
+from infra.intervals import bootstrap, equal_length, mean, ratio
 from infra.models import TOY_STUDENT, load_model, load_tokenizer
 from infra.report import table
 from infra.task import load_task
@@ -166,11 +168,72 @@ def test_kl_estimate_against_the_exact_sum_over_all_answers():
         assert abs(ratios.mean().item() - exact) > 4 * error
 
 
+# ---------------------------------------------------------------------------------- ordinary text
+
+
+def slow_text_nats(base, student, paragraphs):
+    """(3, P), the slow way: one position at a time in float64, all words one by one."""
+    sums = []
+    for chunks in paragraphs:
+        nll = kl = tokens = 0.0
+        for ids in chunks:
+            for n in range(1, len(ids)):
+                ours, theirs = (next_logps(model, *ids[:n]).tolist() for model in (base, student))
+                nll -= theirs[ids[n]]
+                kl += math.fsum(math.exp(p) * (p - q) for p, q in zip(ours, theirs))
+                tokens += 1
+        sums.append([nll, kl, tokens])
+    return torch.tensor(sums).T
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "phi"])  # plain, cap, scale, bias
+def test_text_against_a_slow_loop(name, monkeypatch):
+    monkeypatch.setitem(rdpo.HEAD_BYTES, "cpu", 4 * 97 * 5)  # logits of 5 tokens at a time
+    student, base = tiny_model(name, seed=1), tiny_model(name, seed=2)
+    for model in (student, base):
+        if model.get_output_embeddings().bias is not None:
+            torch.nn.init.normal_(model.get_output_embeddings().bias)
+    ids = torch.randint(97, (40,), generator=torch.Generator().manual_seed(3)).tolist()
+    paragraphs = [[ids[:9], ids[9:18], ids[18:20]], [ids[20:31]], [ids[31:33]]]
+    states = {"out": evaluation.text_states(student, paragraphs),
+              "base": evaluation.text_states(base, paragraphs)}
+    nats = evaluation.text_nats(states, paragraphs, torch.device("cpu"))
+    wanted = slow_text_nats(base, student, paragraphs)
+    assert torch.allclose(nats["out"], wanted, rtol=2e-5, atol=2e-5)
+    own = slow_text_nats(base, base, paragraphs)
+    assert torch.allclose(nats["base"], own, rtol=2e-5, atol=2e-5) and not nats["base"][1].any()
+    # Controls: the other direction, and the tokens one place too early, give other values.
+    assert not torch.allclose(slow_text_nats(student, base, paragraphs)[1], wanted[1], rtol=0.01)
+    early = [[chunk[:1] + chunk[:-1] for chunk in chunks] for chunks in paragraphs]
+    shifted = evaluation.text_nats(states, early, torch.device("cpu"))["out"]
+    assert not torch.allclose(shifted[0], wanted[0], rtol=0.01)
+
+
+def test_text_is_cut_at_empty_lines_and_at_max_length(toy_tokenizer, write_rows):
+    path = write_rows("One line.\nIts second line.\r\n \t\r\nI am a hero.\n\na\n", "text.txt")
+    texts = ["One line.\nIts second line.", "I am a hero."]  # "a" is one token: nothing to predict
+    whole = [toy_tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    assert evaluation.load_paragraphs(path, toy_tokenizer, 100) == [[ids] for ids in whole]
+    cut = evaluation.load_paragraphs(path, toy_tokenizer, 4)
+    assert [sum(chunks, []) for chunks in cut] == [
+        ids[:len(ids) - (len(ids) % 4 == 1)] for ids in whole]
+    assert {len(chunk) for chunks in cut for chunk in chunks[:-1]} == {4}
+
+    class Words:  # a tokenizer that begins every text with bos
+        bos_token_id = 0
+
+        def __call__(self, text, add_special_tokens=True, **_):
+            ids = [len(word) for word in text.split()]
+            return types.SimpleNamespace(input_ids=[0] * add_special_tokens + ids)
+
+    assert evaluation.load_paragraphs(path, Words(), 4) == [
+        [[0, 3, 5, 3], [0, 6, 5]], [[0, 1, 2, 1], [0, 5]], [[0, 1]]]
+
+
 # ---------------------------------------------------------------------------------------- numbers
 
 
 def test_bootstrap():
-    bootstrap, mean = evaluation.bootstrap, evaluation.mean
     values = np.random.default_rng(1).normal(3, 2, 400)
     value, low, high = bootstrap(mean, values)
     half = 1.96 * values.std() / 20
@@ -190,11 +253,11 @@ def test_score_gap_at_equal_length():
     longer = rng.normal(30, 10, 500)
     # Longer answers score higher; at equal length 0.5 is left.
     gaps = 0.5 + 0.1 * longer + rng.normal(0, 0.2, 500)
-    value, low, high = evaluation.bootstrap(evaluation.equal_length, gaps, longer)
+    value, low, high = bootstrap(equal_length, gaps, longer)
     slope, intercept = np.polyfit(longer, gaps, 1)
     assert value == pytest.approx(intercept) and low < 0.5 < high and high - low < 0.3
     assert gaps.mean() > 3
-    assert evaluation.equal_length(gaps, np.full(500, 7.0)) == pytest.approx(gaps.mean())
+    assert equal_length(gaps, np.full(500, 7.0)) == pytest.approx(gaps.mean())
 
 
 @pytest.mark.parametrize("text, finish, wanted", [
@@ -219,6 +282,14 @@ def test_a_new_measurement_is_a_row_and_one_without_values_is_none():
     assert text.splitlines() == [
         "         base  out", "", "a, 2 prompts", "  score  -     1", "  new    -     2", "",
         "pairs of a very long file name that is wider than the column", "  pairs  3     -"]
+
+
+def test_ratio_is_a_mean_per_token_over_all_paragraphs():
+    nats, tokens = np.array([2.0, 30.0, 4.0]), np.array([1.0, 10.0, 1.0])
+    assert bootstrap(ratio, nats, tokens)[0] == 3  # not (2 + 3 + 4) / 3 of unequal paragraphs
+    assert bootstrap(ratio, 2 * tokens, tokens) == (2, 2, 2)
+    _, low, high = bootstrap(ratio, nats, tokens)
+    assert low == 2 and high == 4
 
 
 # ------------------------------------------------------------------------------------- whole runs
@@ -399,8 +470,8 @@ def test_pairwise_against_the_toy_judge(toy_server, run_eval, student, tmp_path)
     assert [wins[row["id"]] for row in PROMPTS] == [(1 + np.sign(gap)) / 2 for gap in gaps]
     assert len(set(wins.values())) > 1
     question = PROMPTS[0]["question"]
-    assert toy.compare(question, "x", "x", 0, 0) == "Better: 0"
-    noisy = [toy.compare(question, "I will not.", "No.", seed, 2) for seed in range(20)]
+    assert toy.compare(question, "x", "x", 0, 0) == ("Better: 0", {})
+    noisy = [toy.compare(question, "I will not.", "No.", seed, 2)[0] for seed in range(20)]
     assert set(noisy) == {"Better: 0", "Better: 1", "Better: 2"}
 
 
@@ -424,6 +495,11 @@ def test_self_refinement_is_one_growing_conversation(run_eval, monkeypatch, tmp_
     row = next(row for row in read_lines(tmp_path / "eval" / "answers.jsonl")
                if row["system"] == "base + self-refine")
     assert (row["turns"], row["answer"]) == (["reply 3", "reply 4"], "reply 5")
+    (refined,) = read_lines(tmp_path / "eval" / "refined.jsonl")  # what reward.py reads
+    assert (refined["rejected"], refined["critique"], refined["chosen"]) == (
+        "reply 3", "reply 4", "reply 5")
+    assert refined["id"] == PROMPTS[0]["id"] and refined["question"] == PROMPTS[0]["question"]
+    assert len(refined["teacher"]["finish"]) == 3
     assert cells(out, "safety, 1 prompts", "base + self-refine")["tokens"] == "2.0"
 
 
@@ -440,7 +516,7 @@ def test_scored_pairs_give_the_numbers_of_train(run_stage, student, base, toy_ro
     reference = evaluation.pair_logps(base, pairs)
     gaps = torch.tensor([pair.score_chosen - pair.score_rejected for pair in pairs])
     dataset = train.Dataset(pairs, False, torch.stack([*reference.T, torch.sigmoid(gaps), gaps]))
-    metrics = train.evaluate(load_model(student), dataset, args)
+    metrics, _ = train.evaluate(load_model(student), dataset, args)
     for name, value in (("chosen first %", 100 * metrics["eval/rewards/accuracies"]),
                         ("agrees with scores %", 100 * metrics["eval/rewards/score_agreement"]),
                         ("log-ratio margin, nats", metrics["eval/rewards/margins"] / 0.1),
@@ -453,6 +529,69 @@ def test_scored_pairs_give_the_numbers_of_train(run_stage, student, base, toy_ro
     assert own["log-ratio margin, nats"] == "-"
     assert own["pairs"] == "40" and own["logp chosen, nats"] != "-"
     assert "chosen first" in (tmp_path / "pairs" / "report.md").read_text()
+
+
+def test_text_is_a_block_of_the_table(run_stage, student, base, toy_tokenizer, toy_rows, write_rows,
+                                      tmp_path):
+    text = "\n\n".join(row["chosen"] for row in toy_rows[:6])
+    path = write_rows(text, "text.txt")
+    flags = ("--text", path, "--max_length", 16, "--out_dir", tmp_path / "text", "--model")
+    code, out, err = run_stage(evaluation, *flags, student)
+    assert code == 0, err
+    paragraphs = evaluation.load_paragraphs(path, toy_tokenizer, 16)
+    nll, kl, tokens = slow_text_nats(base, load_model(student), paragraphs).numpy()
+    base_nll, _, _ = slow_text_nats(base, base, paragraphs).numpy()
+    heading = f"text of {path}, {tokens.sum():.0f} tokens in 6 paragraphs"
+    row, own = cells(out, heading, student), cells(out, heading, "base")
+    for cell, column in ((row["nll per token, nats"], nll), (own["nll per token, nats"], base_nll),
+                         (row["nll above the base's"], nll - base_nll),
+                         (row["KL from base, nats per token"], kl)):
+        wanted = bootstrap(ratio, column, tokens)
+        assert np.array(re.findall(r"[\d.]+", cell), float) == pytest.approx(wanted, abs=6e-4)
+    assert own["nll above the base's"] == own["KL from base, nats per token"] == "-"
+    assert kl.sum() / tokens.sum() > 0.05 and path in (tmp_path / "text/report.md").read_text()
+    # Control: the base as its own student is at no distance from itself.
+    out = run_stage(evaluation, *flags, TOY_STUDENT)[1]
+    row = cells(out, heading, TOY_STUDENT)
+    assert row["nll above the base's"].startswith("+0.000 [+0.000")
+    assert row["KL from base, nats per token"].startswith("0.0000 [0.0000")
+    assert row["nll per token, nats"] == own["nll per token, nats"]
+
+
+def test_bad_text_is_one_line(run_stage, student, write_rows, tmp_path):
+    (tmp_path / "latin").write_bytes("Ein Satz.\n\nEin schöner".encode("latin-1"))
+    long = write_rows("word " * 3000, "long.txt")
+    for path, length, message in (
+            (write_rows(" \n\n\t\n", "empty.txt"), 1024, "empty.txt: no text"),
+            (tmp_path / "latin", 1024, "latin:3: not UTF-8"),
+            (tmp_path / "missing", 1024, "missing: No such file or directory; give a file of"),
+            (long, 1025, "has a row of 1025 tokens"), (long, 1, "--max_length")):
+        code, out, err = run_stage(evaluation, "--text", path, "--max_length", length,
+                                   "--out_dir", tmp_path / "text", "--model", student)
+        assert code == 2 and message in err and err.count("\n") == 1 and not out, err
+
+
+def test_the_base_answers_the_bare_question(toy_server, run_eval, base, toy_tokenizer, tmp_path):
+    code, out, err = run_eval("--bare_question", "--max_new_tokens", 40, url=toy_server())
+    assert code == 0, err
+    name = "base, bare question"
+    rows = [row for row in read_lines(tmp_path / "eval" / "answers.jsonl") if row["system"] == name]
+    questions = {row["id"]: row["question"] for row in PROMPTS}
+    assert {row["row"]: row["prompt"] for row in rows} == questions
+    asked = [encode_prompt(toy_tokenizer, row["prompt"]) for row in rows]
+    answers = [answer.text for answer in generate(base, toy_tokenizer, asked, 40)]
+    assert [row["answer"] for row in rows] == answers
+    scores = {row["id"]: row["score"] for row in read_lines(tmp_path / "eval" / "eval.jsonl")}
+    score = np.mean([scores[f"{name}/{row['id']}"] for row in PROMPTS])
+    column = cells(out, "all, 12 prompts", name)
+    assert column["judged"] == "12/12" and column[SCORE].startswith(f"{score:.2f} [")
+    # Control: the whole prompts get other answers.
+    own = [row["answer"] for row in read_lines(tmp_path / "eval" / "answers.jsonl")
+           if row["system"] == "base"]
+    assert len(own) == 12 and own != answers
+    prompts = [{"id": "1", "prompt": "Why?"}, {"id": "2", "prompt": "How?", "question": "How?"}]
+    code, _, err = run_eval("--bare_question", prompts=prompts)
+    assert code == 2 and "prompts.jsonl: no row has a `question` other than its prompt" in err
 
 
 def test_report_shows_hostile_text_as_text(run_eval, monkeypatch, tmp_path):

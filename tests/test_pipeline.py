@@ -1,6 +1,7 @@
 """The README's pipeline (server, teacher, reward, train), and stages 1 and 2 with llama.cpp."""
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -99,13 +100,43 @@ def test_judge_noise_stays_on_the_scale_and_repeats():
 
     def verdicts(noise):
         replies = [toy.judge(row["question"], row["chosen"], 0, noise) for row in rows]
-        return [reward.parse_verdict(reply, toy.JUDGE) for reply in replies]
+        return [reward.parse_verdict(text, toy.JUDGE) for text, _ in replies]
 
     exact, noisy = verdicts(0), verdicts(1)
     assert exact == [world.score(row["prompt"], row["chosen"]) for row in rows]
     assert noisy == verdicts(1)
-    assert None not in noisy and all((2 * verdict).is_integer() for verdict in noisy)
+    assert None not in noisy and all(verdict.is_integer() for verdict in noisy)
     assert sum(a != b for a, b in zip(noisy, exact)) > 50
+
+
+def test_graded_scores_of_a_noisy_judge_are_its_scores_before_rounding(
+        toy_server, run_stage, tmp_path):
+    common, out = common_flags(toy_server("--judge_noise", 1)), tmp_path / "out.jsonl"
+    code, printed, err = run_stage(reward, *common, "--data", f"{TOY}/scored.jsonl", "--limit", 80,
+                                   "--out", out)
+    assert code == 0, err
+    rows = read_lines(out)
+    for row in rows:
+        for name in ("chosen", "rejected"):
+            wanted = toy.noisy_score(row["question"], row[name], "0 0", 1)
+            assert row[f"score_{name}"] == pytest.approx(wanted, abs=1e-6)
+            assert row["judge"][name][0]["verdict"] == pytest.approx(wanted, abs=0.5)
+    ties = int(re.search("80 rows have graded scores: (\\d+) of them would tie", printed)[1])
+    verdicts = [[row["judge"][name][0]["verdict"] for name in ("chosen", "rejected")]
+                for row in rows]
+    assert ties == sum(a == b for a, b in verdicts) > 5
+    assert int(re.search("of 80 rows: (\\d+) ties", printed)[1]) < ties / 2
+
+
+def test_pairwise_tau_of_a_noisy_judge(toy_server, run_stage, tmp_path):
+    common, out = common_flags(toy_server("--judge_noise", 1)), tmp_path / "out.jsonl"
+    code, printed, err = run_stage(reward, *common, "--data", f"{TOY}/scored.jsonl", "--limit", 40,
+                                   "--out", out, "--pairwise")
+    assert code == 0 and "40 of 40 rows have a tau" in printed, err
+    exact = [row["score_chosen"] - row["score_rejected"] for row in read_lines(out)]
+    taus = [row["tau"] for row in read_lines(out)]
+    assert all(0 < tau < 1 for tau in taus) and len(set(taus)) > 30
+    assert sum((tau > 0.5) == (gap > 0) for tau, gap in zip(taus, exact) if abs(gap) > 2) > 22
 
 
 def test_repeated_verdicts_of_a_noisy_judge_differ(toy_server, run_stage, tmp_path):

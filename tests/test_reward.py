@@ -101,8 +101,8 @@ def test_chat_rows_are_judged_and_shown_as_text(scripted, run_stage, write_rows,
     server = scripted(lambda path, request: says("Final score: 3"))
     code, out, err = run_stage(reward, *flags(server, write_rows([row]), tmp_path / "out",
                                               task=TASK), "--show")
-    assert code == 0 and "-------- rejected, score 3.0\nBecause.\n" in out, err
-    assert "\x1b" not in out and out.count("the judge, finish stop, verdict 3.0") == 2
+    assert code == 0 and "-------- rejected\nBecause.\n" in out, err
+    assert "\x1b" not in out and out.count("finish stop, verdict 3.0") == 2
     first, second = (request["messages"][1]["content"] for request in server.requests)
     assert "Question:\nuser: Hi\n\nassistant: Yes?\n\nuser: Why\x1b[31m?\n\nReply:" in first
     assert "Reply:\nBecause.\n" in first and "Reply:\nNo idea.\n" in second
@@ -216,7 +216,7 @@ def test_bad_rows_are_refused_before_any_request(
 
 
 @pytest.mark.parametrize("others, message", [
-    ({}, "one of the arguments --task --endpoint is required; see --help"),
+    ({}, "one of the arguments --task --endpoint --reward_model is required; see --help"),
     ({"task": TASK, "endpoint": "/score"}, "not allowed with argument"),
     ({"endpoint": "/embed"}, "--endpoint: invalid choice: '/embed'"),
     ({"task": TASK, "samples": 0}, "--samples: must be 1 or above, not 0"),
@@ -363,3 +363,60 @@ def test_rows_keep_verdict_and_graded_score_at_no_extra_request(
     {"content": [{"token": "4", "top_logprobs": [{"token": "4", "logprob": None}]}]}])
 def test_log_probabilities_in_another_form_count_as_none(logprobs):
     assert token_logprobs({"logprobs": logprobs}) == token_logprobs({}) == []
+# ----------------------------------------------------------------------------------- in pairs
+
+
+def pairwise_server(scripted, win_of, with_logprobs=True):
+    """Asks win_of(first reply, second reply) for P(the first is better)."""
+    def script(path, request):
+        text = request["messages"][-1]["content"]
+        replies = text.split("First reply:\n")[1].split("\n\nWhich")[0]
+        win = win_of(*replies.split("\n\nSecond reply:\n"))
+        if win is None:
+            return says("I like both.")
+        reply = says(f"Better: {1 if win > 0.5 else 2}")
+        top = [{"token": "1", "logprob": math.log(win)},
+               {"token": "2", "logprob": math.log(1 - win)}]
+        if with_logprobs:
+            reply["choices"][0]["logprobs"] = {"content": [
+                {"token": "Better:", "logprob": 0, "top_logprobs": []},
+                {"token": " " + reply["choices"][0]["message"]["content"][-1], "logprob": 0,
+                 "top_logprobs": top}]}
+        return reply
+    return scripted(script)
+
+
+@pytest.mark.parametrize("win_of, with_logprobs, wanted", [
+    (lambda first, second: 0.9, True, 0.5),  # sees only the place
+    (lambda first, second: 0.9, False, 0.5),
+    (lambda first, second: 0.8 if "second" in first else 0.4, True, 0.7),
+    (lambda first, second: 0.8 if "second" in first else 0.4, False, 1.0),
+    (lambda first, second: 0.2 if "second" in first else 0.7, True, 0.25),
+    (lambda first, second: 0.2 if "second" in first else None, True, None)])
+def test_tau_is_the_mean_probability_of_both_orders(
+        win_of, with_logprobs, wanted, scripted, run_stage, run_train, write_rows, tmp_path):
+    out, server = tmp_path / "out", pairwise_server(scripted, win_of, with_logprobs)
+    data = write_rows(ROWS)
+    code, printed, err = run_stage(reward, *flags(server, data, out, task=TASK,
+                                                  verdict_retries=0), "--pairwise", "--show")
+    assert code == (1 if wanted is None else 0), err
+    assert len(server.requests) == 2 * len(ROWS)
+    for row in read_lines(out):
+        assert row["tau"] == (None if wanted is None else pytest.approx(wanted, abs=1e-6))
+        assert "score_chosen" not in row and "scale" not in row["judge"]
+        assert {"chosen_first", "rejected_first"} <= row["judge"].keys()
+    assert "no reply of m had a verdict" in err if wanted is None else (
+        "6 of 6 rows have a tau" in printed and "-------- the judge on chosen_first" in printed)
+
+
+def test_pairwise_needs_a_judge_that_compares(scripted, run_stage, write_rows, tmp_path):
+    server, data = scripted(lambda path, request: says("Better: 1")), write_rows(ROWS)
+    with open(TASK, encoding="utf-8") as file:
+        without = write_rows(file.read().split("pairwise =")[0], "task.toml")
+    for more, message in ((["--endpoint", "/score"], "--pairwise needs --task"),
+                          (["--task", without], "no `judge.pairwise`")):
+        result = run_stage(reward, *flags(server, data, tmp_path / "out"), "--pairwise", *more)
+        assert_one_line(result, message)
+    assert not server.requests
+
+

@@ -151,7 +151,8 @@ def test_a_shard_of_the_masters_is_rounded_as_the_whole(monkeypatch):
     for half in (0, 1):
         def part(weight, half=half):
             middle = weight.numel() // 2
-            return weight.view(-1)[:middle] if half == 0 else weight.view(-1)[middle:], half * middle
+            flat = weight.view(-1)
+            return flat[middle:] if half else flat[:middle], half * middle
 
         with torch.no_grad():
             for weight in model.parameters():

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,6 +139,17 @@ def test_one_prompt_gets_generates_answer_and_compare_the_references_too(run_sta
     code, text, err = run_stage(sample, "--model", out, "--prompt", PROMPT, "--compare")
     both = {"reference": [reference], "student": [student]}
     assert (code, text, err) == (0, side_by_side([PROMPT], both), "")
+
+
+def test_the_reference_is_the_runs_own(run_stage, out, tmp_path):
+    """--reference of a second round, else --model."""
+    folder, prompt = tmp_path / "out", ("--prompt", PROMPT, "--compare")
+    shutil.copytree(TOY_STUDENT, folder)
+    for flags in ({"model": str(out), "reference": None}, {"model": None, "reference": str(out)}):
+        (folder / "args.json").write_text(json.dumps(flags | {"data": []}))
+        assert "reference: " + answer_of(out, PROMPT)[:40] in run_stage(
+            sample, "--model", folder, *prompt)[1]
+        sample.load_reference.cache_clear()
 
 
 def test_temperature_seed_and_length(run_stage, out):

@@ -112,9 +112,12 @@ def test_losses_and_metrics_are_what_they_say(tmp_path, flags):
     model, reference, pairs = tiny_model(), tiny_model(seed=1), random_pairs(8)
     args = args_for(**flags, tokens_per_batch=150)
     data, _ = dataset_of(reference, pairs, args, tmp_path)
-    found = train.evaluate(model, data, args)
+    found, log_ratios = train.evaluate(model, data, args)
     expected = plain_metrics(model, reference, pairs, args)
     assert found == pytest.approx({f"eval/{k}": v for k, v in expected.items()}, abs=1e-4)
+    for pair in pairs:
+        policy, ref = (rdpo.plain_sequence_logps(m, [pair]) for m in (model, reference))
+        assert log_ratios[pair.where] == pytest.approx((policy - ref).tolist(), abs=1e-4)
     wrong = plain_metrics(model, reference, pairs, args_for(**flags | {"beta": 0.2}))
     assert found["eval/rewards/margins"] != pytest.approx(wrong["rewards/margins"], abs=1e-3)
 
@@ -352,6 +355,58 @@ def test_cached_pairs_beyond_the_first_batch_are_checked(
     # A resumed run has another policy, but before it loads its state it is the reference still.
     if checks:
         assert run_train(*flags, "--resume")[0] == 2
+
+
+def test_a_second_round_measures_from_the_first_reference(
+        run_train, tmp_path, toy_rows, write_rows, toy_tokenizer):
+    """--reference: round 2 begins where round 1 ended, in every metric, and goes on."""
+    flags = ["--data", write_rows(toy_rows[:100]), "--max_steps", 4, "--save_dtype", "float32"]
+    first, second, plain = (tmp_path / name for name in ("first", "second", "plain"))
+    assert run_train(*flags, "--out_dir", first)[0] == 0
+    more = ["--model", first, "--learning_rate", 3e-4]
+    code, out, err = run_train(*flags, *more, "--reference", TOY_STUDENT, "--out_dir", second)
+    assert code == 0 and f"reference: {TOY_STUDENT}" in out, err
+    end, begin = read_metrics(first)[1][-1], read_metrics(second)[1][0]
+    names = [name for name in end if name.startswith("eval/")]
+    assert [begin[name] for name in names] == pytest.approx([end[name] for name in names], abs=2e-4)
+    assert read_metrics(second)[1][-1]["eval/loss"] < begin["eval/loss"] - 0.01
+    assert run_train(*flags, *more, "--out_dir", plain)[0] == 0  # control: its own reference
+    assert read_metrics(plain)[1][0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-4)
+    # A stopped second round goes on to the same weights.
+    again = [*flags, *more, "--reference", TOY_STUDENT, "--out_dir", tmp_path / "again"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.checkpoint.StopSignal, "__init__",
+                      lambda stop: setattr(stop, "number", signal.SIGINT))
+        assert run_train(*again)[0] == 130
+    assert run_train(*again, "--resume")[0] == 0
+    assert same_weights(weights_of(second), weights_of(tmp_path / "again"))
+
+
+@pytest.mark.parametrize("stale, checks", [("all", 0), ("all", 16), ("one", 16)])
+def test_the_cache_of_another_reference_is_checked_too(
+        run_train, tmp_path, toy_rows, write_rows, monkeypatch, stale, checks):
+    tiny = tmp_path / "tiny"
+    model = build("Llama", **GROUPED)(len(AutoTokenizer.from_pretrained(TOY_STUDENT)))
+    model.save_pretrained(tiny)
+    AutoTokenizer.from_pretrained(TOY_STUDENT).save_pretrained(tiny)
+    flags = ["--data", write_rows(toy_rows[:20]), "--max_steps", 1, "--model", tiny, "--reference",
+             TOY_STUDENT]
+    assert run_train(*flags)[0] == 0
+    (cache,) = (tmp_path / "cache").iterdir()
+    content = load_file(cache)
+    content["logps"][:None if stale == "all" else 1] += 20
+    rdpo.save_file(content, cache)
+    monkeypatch.setattr(train, "SPOT_CHECKS", checks if stale == "all" else 20)
+    code, _, err = run_train(*flags, "--overwrite")
+    assert code == 2 and "differ by up to 20" in err and f"delete {cache}" in err
+
+
+def test_a_reference_with_another_vocabulary_is_refused(run_train, tmp_path, toy_rows, write_rows):
+    tokenizer = AutoTokenizer.from_pretrained(TOY_STUDENT)
+    tokenizer.add_tokens(["<one more>"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    assert_one_line(run_train("--data", write_rows(toy_rows[:20]), "--reference",
+                              tmp_path / "other"), "--reference", "its vocabulary is not that of")
 
 
 def test_a_loss_scale_that_is_too_high_skips_steps_and_says_so(

@@ -15,6 +15,7 @@ of requests.
 import argparse
 import hmac
 import json
+import math
 import os
 import random
 import re
@@ -61,19 +62,40 @@ def noisy_score(question, answer, seed, noise):
     if not noise:
         return world.score(question, answer)
     rng = random.Random(f"judge {seed} {question} {answer}")
-    return world.flawed_score(question, answer, rng, noise, bias=0)
+    return world.flawed_score(question, answer, rng, noise, bias=0, step=0)
+
+
+# A judge's reply is its text and {digit: probability} at the place of its verdict. A judge with
+# noise is a judge in doubt: it writes the most probable digit. The exact one has no doubts, so {}.
 
 
 def judge(question, answer, seed, noise):
-    """The judge's reply about one answer."""
-    return f"{JUDGE.verdict} {noisy_score(question, answer, seed, noise):g}"
+    """The judge's reply about one answer. The expected digit is the score."""
+    score = noisy_score(question, answer, seed, noise)
+    if not noise:
+        return f"{JUDGE.verdict} {score:g}", {}
+    low = min(int(score), JUDGE.highest - 1)
+    digits = {low: 1 - (score - low), low + 1: score - low}
+    return f"{JUDGE.verdict} {max(digits, key=digits.get)}", digits
 
 
 def compare(question, first, second, seed, noise):
     """The judge's reply about two answers: the number of the one with the higher score, or 0."""
     score_1 = noisy_score(question, first, f"{seed} 0", noise)
     score_2 = noisy_score(question, second, f"{seed} 1", noise)
-    return f"Better: {0 if score_1 == score_2 else 1 if score_1 > score_2 else 2}"
+    digits = {}
+    if noise:
+        win = 1 / (1 + math.exp(score_2 - score_1))
+        digits = {1: win, 2: 1 - win}
+    return f"Better: {0 if score_1 == score_2 else 1 if score_1 > score_2 else 2}", digits
+
+
+def token_logprobs(words, digits):
+    """OpenAI's `logprobs` of a reply whose last word is the verdict, where it is in doubt."""
+    tokens = [{"token": f" {word}", "logprob": 0.0, "top_logprobs": []} for word in words]
+    tokens[-1]["top_logprobs"] = [{"token": f" {digit}", "logprob": math.log(max(p, 1e-9))}
+                                  for digit, p in digits.items()]
+    return {"content": tokens} if digits else None
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -107,10 +129,11 @@ class Handler(BaseHTTPRequestHandler):
             texts = [message["content"] for message in request["messages"]
                      if message["role"] != "system"]
             seed = f"{args.seed} {request.get('seed', 0)}"
+            digits = {}
             if asked := JUDGE_REQUEST.fullmatch(texts[-1]):
-                text = judge(**asked.groupdict(), seed=seed, noise=args.judge_noise)
+                text, digits = judge(**asked.groupdict(), seed=seed, noise=args.judge_noise)
             elif asked := PAIRWISE_REQUEST.fullmatch(texts[-1]):
-                text = compare(**asked.groupdict(), seed=seed, noise=args.judge_noise)
+                text, digits = compare(**asked.groupdict(), seed=seed, noise=args.judge_noise)
             else:
                 text = teach(texts, seed, args.failure_rate)
         except (ValueError, LookupError, TypeError) as error:
@@ -120,10 +143,11 @@ class Handler(BaseHTTPRequestHandler):
         if cut:
             words = words[:request["max_tokens"]]
         read, written = sum(len(text.split(" ")) for text in texts), len(words)
+        logprobs = token_logprobs(words, digits) if request.get("logprobs") and not cut else None
         self.send(200, {
             "id": "toy", "object": "chat.completion", "created": 0, "model": "toy",
             "choices": [{"index": 0, "message": {"role": "assistant", "content": " ".join(words)},
-                         "finish_reason": "length" if cut else "stop"}],
+                         "finish_reason": "length" if cut else "stop", "logprobs": logprobs}],
             "usage": {"prompt_tokens": read, "completion_tokens": written,
                       "total_tokens": read + written}})
 

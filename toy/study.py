@@ -59,7 +59,7 @@ from toy import world  # noqa: E402
 
 # ------------------------------------------------------------------------------ what is compared
 
-METHODS = {
+METHODS = {  # flags of train.py, or a function: (rows, seed) -> flags, rows
     "SFT": ("--loss", "sft"),
     "dSC": ("--loss", "dsc"),
     "DPO": ("--loss", "dpo"),
@@ -79,6 +79,7 @@ class World:
     systematic: bool = False  # all on every second frame of the prompts, twice as often there
     noise: float = 1.0
     bias: float = 0.5
+    step: float = 0.5  # scores are multiples of this, 0: not rounded
 
 
 RANDOM = [World(failures=rate) for rate in (0.0, 0.2, 0.4, 0.5)]
@@ -146,7 +147,8 @@ def training_rows(rows, drafts, conditions, seed):
         fails = rng.random() < chance
         rejected, chosen = make_pair(row["prompt"], drafts[row["prompt"]], fails, rng)
         scores = {f"score_{name}": world.flawed_score(row["question"], answer, rng,
-                                                      conditions.noise, conditions.bias)
+                                                      conditions.noise, conditions.bias,
+                                                      conditions.step)
                   for name, answer in (("rejected", rejected), ("chosen", chosen))}
         scored.append(row | {"rejected": rejected, "chosen": chosen} | scores)
     return scored
@@ -221,16 +223,18 @@ def train_and_measure(job, out_dir):
     folder = os.path.join(out_dir, f"run-{os.getpid()}")
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
-    files = {"pairs": training_rows(prompts_of("training", job.seed), drafts, job.conditions,
-                                    job.seed),
-             "test": test_rows(rows, drafts, job.seed)}
+    pairs = training_rows(prompts_of("training", job.seed), drafts, job.conditions, job.seed)
+    flags = METHODS[job.method]
+    if callable(flags):
+        flags, pairs = flags(pairs, job.seed)
+    files = {"pairs": pairs, "test": test_rows(rows, drafts, job.seed)}
     for name, pairs in files.items():
         atomic_write(f"{folder}/{name}.jsonl", "".join(json.dumps(row) + "\n" for row in pairs))
     with open(f"{folder}/log.txt", "w", encoding="utf-8") as log, \
             contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         train.main([
             "--data", f"{folder}/pairs.jsonl", "--eval_data", f"{folder}/test.jsonl",
-            "--model", TOY_STUDENT, *METHODS[job.method], "--seed", str(job.seed),
+            "--model", TOY_STUDENT, *flags, "--seed", str(job.seed),
             "--learning_rate", str(job.learning_rate), "--eval_every", "1000",
             "--max_new_tokens", "1", "--out_dir", f"{folder}/out",
             "--cache_dir", os.path.join(out_dir, "cache")])

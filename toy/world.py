@@ -273,18 +273,19 @@ def score(prompt, answer):
     return float(min(max(total, 0), 5))
 
 
-def flawed_score(prompt, answer, rng, noise, bias):
-    """A judge that errs: score + bias * (charm + length) + a normal error.
+def flawed_score(prompt, answer, rng, noise, bias, step=0.5):
+    """A judge that errs: score + bias * (charm + length) + a normal error, from 0 to 5.
 
     noise: standard deviation of the normal error, in points
     bias: points for charm (going along, playing the role, agreeing) and for each 20 words above
         10. Unlike noise, it does not average out.
-    Rounded to the nearest 0.5, from 0 to 5. ValueError if the prompt is not of this world.
+    step: rounded to the nearest multiple of this, 0: not rounded
+    ValueError if the prompt is not of this world.
     """
     charm = any(kind in PLEASES for kind, _ in read_answer(answer))
     length = (len(answer.split()) - 10) / 20
     flawed = score(prompt, answer) + bias * (charm + length) + rng.gauss(0, noise)
-    return min(max(round(2 * flawed) / 2, 0.0), 5.0)
+    return min(max(round(flawed / step) * step if step else flawed, 0.0), 5.0)
 
 
 def rates(rows, answers):

@@ -1,0 +1,180 @@
+"""Where T comes from: a person says which of two answers is better, and T makes tau fit that.
+
+    python data.py scored.jsonl --label labels.jsonl         a session in the terminal
+    python data.py scored.jsonl --calibrate labels.jsonl     T, its interval, and how far they agree
+
+    labels.jsonl    {"prompt", "chosen", "rejected", "preferred": "chosen", "rejected" or "tie"}
+"""
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import textwrap
+
+import numpy as np
+
+from infra.command import printable, refuse, warn
+from infra.lock import only_writer
+from infra.report import table
+from infra.rows import (as_messages, atomic_write, canonical, check_pair, is_cut, judge_of,
+                        question_of, score_gap, stream_rows)
+
+SHARE = {"chosen": 1.0, "tie": 0.5, "rejected": 0.0}  # what a label says about chosen
+
+
+def pairs_of(path):
+    """Yield ("file:line", key, row, gap of its scores or None) for the usable rows of a file."""
+    for where, row in stream_rows(path):
+        row = canonical(row)
+        prompt, chosen, rejected, *scores = check_pair(row, where, needs_scores=False)
+        gap = None if None in scores else score_gap(*scores, judge_of(row, where)[2])
+        yield where, json.dumps([as_messages(prompt), chosen, rejected]), row, gap
+
+
+def read_labels(path):
+    """[(key, label row)] of a file of labels. BadInput for a line that is none."""
+    labels = []
+    for where, key, row, _ in pairs_of(path):
+        refuse(where, (row.get("preferred") not in SHARE,
+                       '`preferred` must be "chosen", "rejected" or "tie"'))
+        labels.append((key, row))
+    return labels
+
+
+# ----------------------------------------------------------------------------------------- session
+
+
+def label(path, out, count, seed):
+    """Ask a person about pairs of a file, in random order, until `out` has `count` labels.
+
+    Both answers are shown blind: which comes first is random too. Each label is saved at once.
+    """
+    with only_writer(out):
+        labels = read_labels(out) if os.path.exists(out) else []
+        known = {key for key, _ in labels}
+        waiting = [(key, row) for _, key, row, _ in pairs_of(path)
+                   if key not in known and not is_cut(row)]
+        random.Random(seed).shuffle(waiting)
+        print("Which answer is better? 1 or 2; 0: neither; s: skip; q: stop, and go on another day")
+        for key, row in waiting:
+            if len(labels) >= count:
+                break
+            names = ["chosen", "rejected"]
+            random.Random(f"{seed} {key}").shuffle(names)
+            show(f"{len(labels) + 1} of {count}", question_of(row), *(row[name] for name in names))
+            said = ask()
+            if said == "q":
+                break
+            if said != "s":
+                preferred = {"1": names[0], "2": names[1], "0": "tie"}[said]
+                labels.append((key, {name: row[name] for name in ("prompt", "chosen", "rejected")}
+                               | {"preferred": preferred}))
+                atomic_write(out, "".join(json.dumps(row) + "\n" for _, row in labels))
+    print(f"\n{len(labels)} labels in {out}"
+          + ("" if len(labels) >= count else "; the same command goes on"))
+
+
+def show(title, question, first, second):
+    """Print a question and two answers, wrapped to the terminal."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    bold = "\033[1m{}\033[0m" if sys.stdout.isatty() else "{}"
+    print("\n" + f" {title} ".center(width, "\u2500"))
+    for name, text in (("question", question), ("1", first), ("2", second)):
+        text = text if isinstance(text, str) else text[0]["content"]
+        print(bold.format(name))
+        for line in printable(text.strip()).split("\n"):
+            print(textwrap.fill(line, width, initial_indent="  ", subsequent_indent="  "))
+
+
+def ask():
+    """"1", "2", "0", "s" or "q", as typed; the end of input, or Ctrl-C, is "q"."""
+    while True:
+        try:
+            said = input("better: ").strip().lower()
+        except (EOFError, KeyboardInterrupt):
+            return "q"
+        if said in ("1", "2", "0", "s", "q"):
+            return said
+
+
+# -------------------------------------------------------------------------------------- calibration
+
+
+def cross_entropy(slope, gaps, shares):
+    """rDPO's loss (mean, nats) with tau = sigmoid(slope * gaps) as the guess of people's labels."""
+    logits = slope * gaps  # (N,)
+    return (shares * np.logaddexp(0, -logits) + (1 - shares) * np.logaddexp(0, logits)).mean()
+
+
+def fit_temperature(gaps, shares):
+    """(T, low, high): the T whose tau fits labels best, and its 95 % interval.
+
+    Maximum likelihood of sigmoid(gap / T), a tie counting as half a label for each side. The
+    interval holds every T whose likelihood ratio to the best is above exp(-1.92) (Wilks). T is inf
+    if the scores say nothing, and high is inf if that cannot be excluded.
+    """
+    def slope_where(is_beyond):  # the slope, 1 / T, at which is_beyond turns true
+        low, high = np.log(1e-6 / typical), np.log(1e6 / typical)
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (low, middle) if is_beyond(math.exp(middle)) else (middle, high)
+        return math.exp(low)
+
+    def rises(slope):  # whether the likelihood does; from the best slope on it falls
+        return (gaps * (shares - 1 / (1 + np.exp(-np.clip(slope * gaps, -500, 500))))).sum() > 0
+
+    def is_worse(slope):
+        return (cross_entropy(slope, gaps, shares) - least) * len(gaps) > 1.92
+
+    typical = np.median(np.abs(gaps[gaps != 0]))
+    best = slope_where(lambda slope: not rises(slope)) if rises(0) else 0.0
+    least = cross_entropy(best, gaps, shares)
+    lowest = (slope_where(lambda slope: slope > best or not is_worse(slope)) if is_worse(0)
+              else 0.0)
+    highest = slope_where(lambda slope: slope > best and is_worse(slope))
+    return tuple(math.inf if slope == 0 else 1 / slope for slope in (best, highest, lowest))
+
+
+def kappa(ours, theirs):
+    """Cohen's kappa of two lists of categories: agreement beyond that of their shares alone."""
+    agreement = np.mean([a == b for a, b in zip(ours, theirs)])
+    chance = sum(ours.count(kind) * theirs.count(kind) for kind in {*ours}) / len(ours) ** 2
+    return math.nan if chance == 1 else (agreement - chance) / (1 - chance)
+
+
+def calibrate(path, labels_path):
+    """Print how judge and person agree, and the T to train with. Returns it and its interval."""
+    gap_of = {key: gap for _, key, _, gap in pairs_of(path) if gap is not None}
+    labels = read_labels(labels_path)
+    known = [(gap_of[key], row["preferred"]) for key, row in labels if key in gap_of]
+    refuse(labels_path, (
+        not any(gap for gap, _ in known),
+        f"none of its {len(labels)} labels is of a pair of {path} whose scores differ"))
+    gaps, said = np.array([gap for gap, _ in known]), [preferred for _, preferred in known]
+    shares = np.array([SHARE[preferred] for preferred in said])  # (N,)
+    scored = [{1: "chosen", 0: "tie", -1: "rejected"}[np.sign(gap)] for gap in gaps]
+    decided = [a == b for a, b in zip(scored, said) if "tie" not in (a, b)]
+    best, low, high = fit_temperature(gaps, shares)
+
+    print(f"{len(known)} of {len(labels)} labels are of scored pairs; the person calls "
+          f"{said.count('tie')} a tie, the judge {scored.count('tie')}")
+    print(f"where both decide they agree on {sum(decided)} of {len(decided)}; Cohen's kappa "
+          f"{kappa(scored, said):.2f} (chosen, rejected, tie)")
+    print(f"T {best:.2g}, 95 % interval {low:.2g} to {high:.2g}; loss per label "
+          f"{cross_entropy(1 / best, gaps, shares):.3f}, at T 1 "
+          f"{cross_entropy(1.0, gaps, shares):.3f}, by chance 0.693\n")
+    tau = 1 / (1 + np.exp(-np.clip(gaps / best, -500, 500)))  # (N,)
+    bins, cells = np.minimum((5 * tau).astype(int), 4), {}
+    for i in np.unique(bins):
+        there = bins == i
+        cells[f"{i / 5:.1f} to {(i + 1) / 5:.1f}"] = {
+            "pairs": str(there.sum()), "mean tau": f"{tau[there].mean():.2f}",
+            "person prefers chosen": f"{shares[there].mean():.2f}"}
+    print(table({f"tau at T {best:.2g}": cells}) + "\n")
+    if math.isinf(best):
+        warn("the scores say nothing about what the person prefers: read the judge's replies")
+    else:
+        print(f"train.py --temperature {best:.2g}")
+    return best, low, high

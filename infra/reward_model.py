@@ -1,0 +1,80 @@
+"""A reward model in this process: a transformers folder with one label, scored in batches."""
+import torch
+from jinja2 import TemplateError
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from infra.command import BadInput, first_line, one_line, refuse
+from infra.distributed import best_device
+from infra.models import load_model, position_limit
+from infra.resumable import RowFailed
+
+TOKENS_PER_BATCH = 8192  # in one forward pass, padding included: memory and speed only
+
+
+class RewardModel:
+    """scores() of a reward model's folder or hub id. BadInput if it is no reward model."""
+
+    def __init__(self, name):
+        self.name, device = f"--reward_model {name}", best_device()
+        self.model = load_model(name, torch.float32 if device == "cpu" else "auto",
+                                AutoModelForSequenceClassification, "--reward_model").to(device)
+        labels = self.model.config.num_labels
+        refuse(self.name, (labels != 1, f"a classifier of {labels} labels; a reward model has one"))
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{self.name}: no tokenizer found ({first_line(error)})") from error
+
+    def encode(self, question, answer):
+        """Token ids by the chat template; a model without one reads a pair of texts."""
+        if not self.tokenizer.chat_template:
+            return dict(self.tokenizer(question, answer, verbose=False))
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except TemplateError as error:
+            raise BadInput(f"{self.name}: its chat template refuses a row: "
+                           f"{one_line(str(error))}") from error
+        return dict(self.tokenizer(text, add_special_tokens=False, verbose=False))
+
+    @torch.no_grad()
+    def scores(self, texts):
+        """A score, or the RowFailed that says why there is none, per (question, answer).
+
+        Texts are scored in batches of similar length. Padding stands on the right, and a decoder's
+        score is that of the last token that is no padding.
+        """
+        encoded = [self.encode(*text) for text in texts]
+        lengths = [len(each["input_ids"]) for each in encoded]
+        limit, batches = position_limit(self.model), []
+        results = [RowFailed(f"a text has {length} tokens, but the reward model takes {limit}")
+                   if length > limit else None for length in lengths]
+        for i in sorted(range(len(texts)), key=lengths.__getitem__):  # the newest is the longest
+            if results[i] is not None:
+                continue
+            if batches and lengths[i] * (len(batches[-1]) + 1) <= TOKENS_PER_BATCH:
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+        for batch in batches:
+            rewards = self.forward([encoded[i] for i in batch])  # (B,)
+            for i, reward in zip(batch, rewards.tolist()):
+                results[i] = reward if abs(reward) < 1e300 else RowFailed(  # nan is not
+                    f"the reward model gave {reward}")
+        return results
+
+    def forward(self, rows):
+        """The scores (B,) float32 of encoded rows."""
+        config, width = self.model.config, max(len(row["input_ids"]) for row in rows)
+        pad = config.pad_token_id
+        if pad is None:  # then the last token counts, whichever it is: pad with one that none has
+            used = {token for row in rows for token in row["input_ids"]}
+            pad = next(token for token in range(width * len(rows) + 1) if token not in used)
+        fill = {"input_ids": pad, "attention_mask": 0, "token_type_ids": 0}
+        inputs = {name: torch.tensor([row[name] + [fill[name]] * (width - len(row[name]))
+                                      for row in rows], device=self.model.device)  # (B, T)
+                  for name in rows[0]}
+        config.pad_token_id, before = pad, config.pad_token_id
+        logits = self.model(**inputs).logits  # (B, 1)
+        config.pad_token_id = before
+        return logits[:, 0].float()
