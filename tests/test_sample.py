@@ -309,7 +309,8 @@ def test_folders_and_flags_that_cannot_be_used_are_refused_in_one_line(run_stage
 
 
 @pytest.mark.slow
-def test_in_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_ends_the_chat(out):
+@pytest.mark.parametrize("key", [b"\x03", b"\x04"], ids=["Ctrl-C", "Ctrl-D"])
+def test_in_a_terminal_ctrl_c_stops_the_answer_and_a_key_at_the_prompt_ends_the_chat(out, key):
     mine, its = pty.openpty()
     command = [sys.executable, os.path.join(ROOT, "sample.py"), "--model", str(out),
                "--temperature", "30", "--max_new_tokens", "900"]  # noise that does not end soon
@@ -329,6 +330,6 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_ends_the_chat(out):
     read_until(lambda text: len(text) > 100)
     os.write(mine, b"\x03")
     read_until(lambda text: "> " in text)
-    os.write(mine, b"\x04")
+    os.write(mine, key)
     assert process.wait(30) == 0
     os.close(mine)
