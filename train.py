@@ -27,6 +27,7 @@ from data import (batch_tokens, check_judges, collate, count_chosen, count_token
                   template_note)
 from infra import checkpoint, models, selfcheck
 from infra.audit import log_pairs
+from infra.card import write_card
 from infra.command import (Parser, above_0, at_least, between, number, one_line, path, refuse,
                            run, template_kwargs, warn)
 from infra.generate import generate
@@ -409,9 +410,11 @@ def train_student(args, device, dtype):
     if have_matplotlib():
         draw_curves([args.out_dir], os.path.join(args.out_dir, "curves.png"))
     print(f"\n{samples.report(answers_before, answers_after)}")
+    as_saved = ""
     if not args.save_adapter and not args.skip_saved_check:
         del policy, masters, optimizer, flat_gradients  # room for the saved student
-        check_saved(val, val_metrics, args)
+        as_saved = check_saved(val, val_metrics, args)
+    write_card(args, tokenizer, train_pairs, val_pairs, as_saved)
     print(f"{changed} in {args.out_dir} after {time.monotonic() - began:.0f} s")
 
 
@@ -446,7 +449,7 @@ def place(policy, args, device, dtype):
 
 
 def check_saved(val, trained, args):
-    """Print the validation margin of the student read back from out_dir beside the trained one.
+    """Print and return the validation margin of the student read back beside the trained one's.
 
     The margin is before beta, in nats: the change of the log-odds between the two answers. Rank 0
     evaluates alone: the other ranks have left. Warns if more than a tenth of it was lost.
@@ -457,10 +460,12 @@ def check_saved(val, trained, args):
     models.cast_weights(student.to(args.device), torch.float32)
     saved = evaluate(student, val, args)[0]["eval/rewards/margins"] / args.beta
     trained = trained["eval/rewards/margins"] / args.beta
-    print(f"as saved: margin {saved:.2f} of {trained:.2f} (validation pairs, nats, before beta)")
+    line = f"as saved: margin {saved:.2f} of {trained:.2f} (validation pairs, nats, before beta)"
+    print(line)
     if not abs(saved - trained) <= max(0.1 * abs(trained), 0.05):  # or nan
         warn(f"the student in {args.out_dir} is not the one that was trained: its weights were "
              "rounded. Try --save_dtype float32; see docs/sixteen_bits.md")
+    return line
 
 
 def load_train_val(args, tokenizer):

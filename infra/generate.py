@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation import BaseStreamer
 
 from infra.models import position_limit
 
@@ -34,13 +35,42 @@ class GumbelNoise(LogitsProcessor):
         return logits / self.temperature - exponential.log()  # (B, V), -log(exponential) is Gumbel
 
 
+class TextPieces(BaseStreamer):
+    """Call show(piece) with each piece by which the text of one answer grows.
+
+    A character of several tokens is shown when it is whole.
+    """
+
+    def __init__(self, tokenizer, show):
+        self.tokenizer, self.show, self.ids, self.shown = tokenizer, show, None, 0
+
+    def put(self, ids):  # the prompt (1, T), then each new token (1,)
+        if self.ids is None:
+            self.ids = []
+            return
+        self.ids += ids.tolist()
+        self.show_from(self.text().rstrip("\ufffd"))  # what half a character decodes to
+
+    def end(self):
+        self.show_from(self.text())
+
+    def text(self):
+        return self.tokenizer.decode(self.ids, skip_special_tokens=True)
+
+    def show_from(self, text):
+        if len(text) > self.shown:
+            self.show(text[self.shown:])
+            self.shown = len(text)
+
+
 @torch.no_grad()
 def generate(model, tokenizer, prompt_ids, max_new_tokens, temperature=0.0, seeds=None,
-             batch_size=64):
+             batch_size=64, show=None):
     """One Answer per prompt, given as lists of token ids. Greedy at temperature 0, else sampled.
 
     The model's own sampling settings (top-k, penalties) are ignored. `seeds` has one number per
-    prompt (default: its index). A prompt too long for the model is cut from the left.
+    prompt (default: its index). A prompt too long for the model is cut from the left. With a
+    single prompt, show(piece) receives the answer's text as it grows.
     """
     room = max(position_limit(model) - max_new_tokens, 1)
     prompt_ids = [ids[-room:] if len(ids) > room else ids for ids in prompt_ids]
@@ -65,6 +95,7 @@ def generate(model, tokenizer, prompt_ids, max_new_tokens, temperature=0.0, seed
         output = model.generate(
             input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device),
             generation_config=config, synced_gpus=isinstance(model, FSDPModule),
+            streamer=TextPieces(tokenizer, show) if show else None,
             logits_processor=LogitsProcessorList(noise if temperature else []))  # (B, T + T_new)
         for i, row in zip(batch, output[:, width:].tolist()):
             end = next((n for n, token in enumerate(row) if token in end_ids), None)

@@ -6,8 +6,8 @@ Only A and B have gradients and AdamW moments: under 1 % of the weights. B start
 policy starts as the reference. The reference stays in the same memory: the policy with its
 adapters off (`without_lora`).
 
-The result is a plain model (`merge`), or the adapter alone in PEFT's file format
-(`save_adapter`), which peft and vLLM load on top of the base model.
+The result is a plain model (`merged`), or the adapter alone in PEFT's file format
+(`save_adapter`), which peft, vLLM and `load_adapter` put on top of the base model.
 """
 import contextlib
 import json
@@ -17,9 +17,12 @@ import os
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from infra.command import refuse
+from infra.command import BadInput, first_line, refuse
+from infra.models import load_model
+from infra.rows import read_object
 
 
 class LoRALinear(nn.Module):
@@ -107,25 +110,65 @@ def merged(model, weights):
         yield name, tensor
 
 
+# --------------------------------------------------------------------------------- PEFT's format
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+FIXED = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
+         "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False}
+
+
+def tensor_name(layer_name, matrix):
+    return f"base_model.model.{layer_name}.lora_{matrix}.weight"
+
+
+def target_modules(model):
+    """The last part of the adapted layers' names."""
+    return sorted({name.rpartition(".")[2] for name, _ in lora_layers(model)})
+
+
 def save_adapter(model, weights, folder, base_name):
     """Write the adapter in PEFT's format; base_name is the base's folder or hub id.
 
     weights is the full {name: tensor} of the adapted model.
     Format: huggingface.co/docs/peft/developer_guides/checkpoint. `lora_A` is (rank, in), `lora_B`
-    (out, rank); target_modules lists the last part of the layers' names.
+    (out, rank).
     """
-    layers, tensors = lora_layers(model), {}
-    for name, _ in layers:
-        for matrix in "AB":
-            key = f"base_model.model.{name}.lora_{matrix}.weight"
-            tensors[key] = weights[f"{name}.{matrix}"].cpu()
+    layers = lora_layers(model)
+    tensors = {tensor_name(name, matrix): weights[f"{name}.{matrix}"].cpu()
+               for name, _ in layers for matrix in "AB"}
     first = layers[0][1]
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name,
-        "inference_mode": True, "r": first.rank, "lora_alpha": first.alpha, "lora_dropout": 0.0,
-        "bias": "none", "fan_in_fan_out": False,
-        "target_modules": sorted({name.rpartition(".")[2] for name, _ in layers})}
-    save_file(tensors, os.path.join(folder, "adapter_model.safetensors"),
-              metadata={"format": "pt"})
-    with open(os.path.join(folder, "adapter_config.json"), "w", encoding="utf-8") as file:
+    config = FIXED | {"base_model_name_or_path": base_name, "r": first.rank,
+                      "lora_alpha": first.alpha, "target_modules": target_modules(model)}
+    save_file(tensors, os.path.join(folder, TENSORS), metadata={"format": "pt"})
+    with open(os.path.join(folder, CONFIG), "w", encoding="utf-8") as file:
         json.dump(config, file, indent=1)
+
+
+def load_adapter(folder, dtype):
+    """The base model that an adapter's folder names, in dtype, with that adapter, not merged.
+
+    A and B take the base's dtype, so that no autocast is needed; a merged 16-bit weight would
+    lose small changes. BadInput unless save_adapter wrote the folder.
+    """
+    path = os.path.join(folder, CONFIG)
+    config = read_object(path, "the folder of an adapter")
+    rank, alpha, base = (config.get(key) for key in ("r", "lora_alpha", "base_model_name_or_path"))
+    not_ours = "no adapter of train.py --save_adapter; merge it with peft, then give that folder"
+    refuse(path, (not FIXED.items() <= config.items() or len(config) != len(FIXED) + 4
+                  or not isinstance(base, str) or type(rank) is not int or rank < 1
+                  or type(alpha) not in (int, float), not_ours))
+    model = load_model(base, dtype)
+    add_lora(model, rank, alpha)
+    path = os.path.join(folder, TENSORS)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path}: damaged ({first_line(error)}); fetch it again") from error
+    weights = {tensor_name(name, matrix): getattr(layer, matrix)
+               for name, layer in lora_layers(model) for matrix in "AB"}
+    refuse(path, ({name: tensor.shape for name, tensor in tensors.items()}
+                  != {name: weight.shape for name, weight in weights.items()}
+                  or config["target_modules"] != target_modules(model), not_ours))
+    for name, weight in weights.items():
+        weight.data = tensors[name].to(model.dtype)
+    return model

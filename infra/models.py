@@ -19,11 +19,15 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOY_STUDENT = os.path.join(ROOT, "toy", "student")
 
 
+def is_hub_id(model):
+    """Whether --model reads like owner/name and is no folder here."""
+    return not os.path.isdir(model) and bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model))
+
+
 def check_model_name(model, flag="--model"):
     """BadInput for a missing folder. What reads like owner/name is left to the hub."""
-    looks_like_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model)
     refuse(f"{flag} {model}", (
-        not os.path.isdir(model) and not looks_like_hub_id,
+        not os.path.isdir(model) and not is_hub_id(model),
         f"no such folder; {flag} takes a model folder or a hub id such as owner/name"))
 
 

@@ -49,6 +49,13 @@ def read_text(path, wanted):
         raise BadInput(f"{path}: {error.strerror}; give {wanted}") from error
 
 
+def read_object(path, wanted):
+    """The JSON object that a whole file is. BadInput if it is none; `wanted` as in read_text."""
+    value = parse_json(read_text(path, wanted).encode(), path, 1)
+    refuse(path, (not isinstance(value, dict), f"not a JSON object; give {wanted}"))
+    return value
+
+
 def decode(content, path, line=1):
     """Bytes as text, without a byte-order mark. BadInput names the line that is not UTF-8."""
     try:

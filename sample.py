@@ -1,0 +1,133 @@
+"""After stage 3: talk to the student, and hear what the reference would have said.
+
+    python sample.py --model out                               a chat in the terminal
+    python sample.py --model out --prompt "..." [--compare]    one answer [both, side by side]
+
+In the chat /base puts your last question to the reference (the student before training); /new
+begins a new conversation. Ctrl-C stops an answer. Ctrl-C or Ctrl-D at the prompt ends the chat.
+"""
+import contextlib
+import functools
+import os
+import sys
+
+import torch
+from jinja2 import TemplateError
+
+from data import encode_prompt
+from infra.command import (BadInput, Parser, at_least, one_line, path, printable, refuse, run,
+                           warn)
+from infra.distributed import best_device
+from infra.generate import generate
+from infra.lora import load_adapter
+from infra.models import TOY_STUDENT, load_model, load_tokenizer, position_limit
+from infra.report import side_by_side
+from infra.rows import is_text, read_object
+
+
+def load(folder):
+    """A model, or an adapter on its base, on this machine's best device."""
+    device = best_device()
+    is_adapter = os.path.exists(os.path.join(folder, "adapter_config.json"))
+    loader = load_adapter if is_adapter else load_model
+    return loader(folder, "auto" if device == "cuda" else torch.float32).to(device)
+
+
+@functools.cache
+def load_reference(folder):
+    """The reference of an out_dir's run: --reference, else --model. BadInput if it is unknown."""
+    file = os.path.join(folder, "args.json")
+    flags = read_object(file, "the out_dir of a run of train.py: it names the reference")
+    refuse(file, ("model" not in flags, "no `model`, so the reference is not known"))
+    return load(flags.get("reference") or flags["model"] or TOY_STUDENT)
+
+
+def ask(model, tokenizer, prompt, args, seed, said=None):
+    """The text of an answer. With a list `said`, its pieces are printed and kept as they come.
+
+    BadInput if the model cannot read the prompt.
+    """
+    def show(piece):
+        said.append(piece)
+        print(printable(piece), end="", flush=True)
+
+    try:
+        prompt_ids = encode_prompt(tokenizer, prompt)
+    except TemplateError as error:
+        raise BadInput(f"the chat template refuses this: {error}") from error
+    limit = position_limit(model)
+    refuse("", (len(prompt_ids) >= limit,
+                f"the prompt has {len(prompt_ids)} tokens, but the model reads {limit}, answer "
+                "included; give a shorter one, in a chat after /new"))
+    length = min(args.max_new_tokens, limit - len(prompt_ids))
+    [answer] = generate(model, tokenizer, [prompt_ids], length, args.temperature, [seed],
+                        show=None if said is None else show)
+    if said is not None:
+        print()
+    if answer.finish == "length":
+        warn(f"cut after {length} tokens")
+    return answer.text
+
+
+def chat(student, tokenizer, args):
+    """Answer lines of the input until it ends. Without a chat template each stands alone."""
+    messages, prompt, seed = [], None, args.seed
+    sys.stdin.reconfigure(errors="replace")  # what is not UTF-8
+    with contextlib.suppress(ImportError):  # not every Python has it
+        import readline  # noqa: F401, lets input() edit its line
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        said = []
+        try:
+            if line == "/new":
+                messages, prompt = [], None
+            elif line == "/base":
+                refuse("", (prompt is None, "/base: ask the student something first"))
+                ask(load_reference(args.model), tokenizer, prompt, args, seed, said)
+            elif line:
+                seed += 1
+                asked = messages + [{"role": "user", "content": line}]
+                prompt = asked if tokenizer.chat_template else line
+                ask(student, tokenizer, prompt, args, seed, said)
+        except KeyboardInterrupt:
+            print()
+        except BadInput as error:
+            print(f"error: {one_line(str(error))}", file=sys.stderr)
+        if said and line != "/base":  # also of an answer that was stopped
+            messages = asked + [{"role": "assistant", "content": "".join(said)}]
+
+
+def main(argv=None):
+    parser = Parser("Talk to a student after training.")
+    flag = parser.add_argument
+    flag("--model", type=path, default="out", help="out_dir of train.py, or any model or hub id")
+    flag("--prompt", help="answer this alone (default: a chat)")
+    flag("--compare", action="store_true", help="of --prompt: also the reference's answer")
+    flag("--temperature", type=at_least(0, float), default=0.0,
+         help="0: the likeliest answer, as train.py and eval.py show it; 1: as the model samples")
+    flag("--max_new_tokens", type=at_least(1), default=256, help="limit of an answer")
+    flag("--seed", type=at_least(0), default=0)
+    args = parser.parse_args(argv)
+    refuse("", (args.compare and args.prompt is None,
+                "--compare needs --prompt; in the chat /base compares"),
+           (args.prompt is not None and not is_text(args.prompt), "--prompt is empty"))
+    names = set(os.listdir(args.model)) if os.path.isdir(args.model) else set()
+    refuse(f"--model {args.model}", (
+        "args.json" in names and not names & {"config.json", "adapter_config.json"},
+        "its run has not finished; the same train.py command with --resume continues it"))
+    tokenizer, student = load_tokenizer(args.model), load(args.model)
+    if args.prompt is None:
+        return chat(student, tokenizer, args)
+    prompt = os.fsencode(args.prompt).decode(errors="replace")
+    if not args.compare:
+        return ask(student, tokenizer, prompt, args, args.seed, said=[])
+    models = {"reference": load_reference(args.model), "student": student}
+    print(side_by_side([prompt], {name: [ask(model, tokenizer, prompt, args, args.seed)]
+                                  for name, model in models.items()}), end="")
+
+
+if __name__ == "__main__":
+    run(main)
