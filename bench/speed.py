@@ -14,8 +14,9 @@ rows        microseconds per token, with files of 1,000 to 16,000 rows
 
 TRL has a virtual environment of its own, created on the first run unless --trl_python names one.
 The rows are made from the texts of --data: its prompts, chosen and rejected answers are each joined
-and cut to the lengths asked for. The tokens of a pair count its prompt with each of its answers,
-however a trainer computes them. Its time is the median of the steps after the first.
+and cut to the lengths asked for. With --ragged they are the rows of --data as they are, but for
+those above --max_length. The tokens of a pair count its prompt with each of its answers, however a
+trainer computes them. Its time is the median of the steps after the first; the mean of ragged ones.
 """
 import os
 import re
@@ -29,7 +30,7 @@ sys.path.insert(0, ROOT)
 
 from bench.parity import (TRL_SCRIPT, read_steps, read_trl_answer, train_flags,  # noqa: E402
                           write_rows, write_trl_job)
-from data import count_tokens, load_pairs, prompt_text  # noqa: E402
+from data import count_tokens, load_pairs, longest_row, prompt_text  # noqa: E402
 from infra.command import Parser, at_least, run  # noqa: E402
 from infra.models import TOY_STUDENT, load_tokenizer  # noqa: E402
 from infra.rows import as_messages, read_rows  # noqa: E402
@@ -64,7 +65,7 @@ def run_train(folder, name, args, *flags):
 
 def compare_with_trl(folder, args):
     python, tokenizer = trl_python(args), load_tokenizer(args.model)
-    write_rows(folder, make_rows(tokenizer, args))
+    write_rows(folder, (ragged_rows if args.ragged else make_rows)(tokenizer, args))
     pairs, _ = load_pairs(f"{folder}/rows.jsonl", tokenizer, 10**6, needs_scores=False)
     common = ["--model", args.model, "--batch_size", args.batch_size, "--max_steps", args.steps,
               "--learning_rate", "1e-5"]
@@ -102,12 +103,15 @@ def compare_with_trl(folder, args):
 def print_comparison(runs, pairs, reference, computed_again, args):
     """Print all runs, then each of ours over each of TRL's. reference: seconds of its pass."""
     pair_tokens, reference_pairs = count_tokens(pairs) / len(pairs), len(pairs) + 1
-    print(f"{len(pairs)} pairs of {pair_tokens:.0f} tokens, {args.batch_size} per step, "
-          f"{args.threads} threads; medians of {args.steps - 1} steps\n\n"
+    sizes = f"{min(map(longest_row, pairs))} to {max(map(longest_row, pairs))} in a conversation, "
+    print(f"{len(pairs)} pairs of {pair_tokens:.0f} tokens, {sizes * args.ragged}{args.batch_size} "
+          f"per step, {args.threads} threads; {'means' if args.ragged else 'medians'} of "
+          f"{args.steps - 1} steps\n\n"
           f"{'trainer':52s} pairs/s  tokens/s  peak MiB  losses")
     pair_seconds = {}
     for name, (losses, seconds, peak) in runs.items():
-        pair_seconds[name] = statistics.median(seconds) / args.batch_size
+        average = statistics.fmean if args.ragged else statistics.median
+        pair_seconds[name] = average(seconds) / args.batch_size
         rate = 1 / pair_seconds[name]
         print(f"{name:52s} {rate:7.3f}  {rate * pair_tokens:8.1f}  {peak:8.0f}  "
               f"{' '.join(f'{loss:.4f}' for loss in losses)}")
@@ -143,6 +147,14 @@ def make_rows(tokenizer, args):
             start = i * length % (len(ids) - length)
             row[key] = tokenizer.decode(ids[start:start + length])
     return rows
+
+
+def ragged_rows(tokenizer, args):
+    """--steps * --batch_size rows of --data as they are, none above --max_length."""
+    pairs, _ = load_pairs(args.data, tokenizer, 10**6, needs_scores=False)
+    rows = dict(read_rows(args.data))
+    short = [rows[pair.where] for pair in pairs if longest_row(pair) <= args.max_length]
+    return short[:args.steps * args.batch_size]
 
 
 def trl_python(args):
@@ -226,6 +238,8 @@ def main():
                              "~/.cache/rdpo/trl)")
     add("--steps", type=at_least(2), default=6)
     add("--batch_size", type=int, default=4, help="pairs per step")
+    add("--ragged", action="store_true", help="trl: the rows of --data as they are")
+    add("--max_length", type=int, default=512, help="of ragged rows: prompt and one answer")
     add("--prompt_tokens", type=int, default=300)
     add("--answer_tokens", type=int, default=150)
     add("--threads", type=int, default=os.cpu_count(), help="threads of each process")
