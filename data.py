@@ -358,7 +358,8 @@ def pack(sizes):
     """Rows of a batch, lists of indices, for pairs of these sizes in tokens: the least work.
 
     Padding costs work, and so do wide rows, because attention grows with the square. The longest
-    pair first, each goes into the shortest row; a few numbers of rows are tried.
+    pair first, each goes into the shortest row. All numbers of rows are tried, up to rows that are
+    four times as wide as the longest pair.
     """
     def rows_of(count):
         rows, by_length = [[] for _ in range(count)], [(0, r) for r in range(count)]  # a heap
@@ -369,9 +370,8 @@ def pack(sizes):
         width = max(by_length)[0]
         return count * width * (1 + width / ATTENTION_WIDTH), rows
 
-    full = sum(sizes) / max(sizes)  # rows as wide as the longest pair, if nothing were padding
-    counts = {len(sizes), *(math.ceil(full / wider) for wider in (1, 1.1, 1.25, 1.5, 2, 3))}
-    return min(map(rows_of, counts))[1]
+    fewest = math.ceil(sum(sizes) / (4 * max(sizes)))
+    return min(map(rows_of, range(fewest, len(sizes) + 1)))[1]
 
 
 def longest_row(pair):
