@@ -9,11 +9,15 @@ pass of its step: before the student learnt from it, so it costs nothing and is 
 import itertools
 import math
 import os
+import textwrap
 
 from infra.checkpoint import read_flags
 from infra.command import refuse
 from infra.report import side_by_side, table
 from infra.rows import as_answer, canonical, stream_rows
+
+
+SHOWN = 500  # characters of an answer
 
 
 def log_pairs(file, step, split, data, log_ratios, args):
@@ -87,6 +91,7 @@ def texts_of(paths, names):
         for where, row in stream_rows(path, on_bad=lambda error: None):
             if where in names:
                 row = canonical(row)
-                answers = {name: [as_answer(row[name])] for name in ("chosen", "rejected")}
+                answers = {name: [textwrap.shorten(as_answer(row[name]), SHOWN, placeholder=" ...")]
+                           for name in ("chosen", "rejected")}
                 texts[where] = side_by_side([row["prompt"]], answers)
     return texts

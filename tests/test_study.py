@@ -142,3 +142,19 @@ def test_rdpo_withstands_a_misleading_teacher_and_a_wrong_sign_does_not(folder, 
                         lambda *scores: 1 - rdpo.preference_probability(*scores))
     wrong = study.train_and_measure(jobs["rDPO"], str(folder))
     assert not right(results | {"rDPO": wrong}), wrong
+
+
+def test_rows_with_the_better_answer_first_and_a_fitted_temperature(drafts):
+    from toy import tau_study
+    rows = study.training_rows(study.prompts_of("training", 0), drafts,
+                               study.World(failures=0.4, step=0.0), 0)
+    turned = tau_study.better_first(rows)
+    assert all(tau_study.gap(row) >= 0 for row in turned)
+    for row, other in zip(rows, turned):
+        assert {row["chosen"], row["rejected"]} == {other["chosen"], other["rejected"]}
+        assert abs(tau_study.gap(row)) == abs(tau_study.gap(other))
+    assert turned != rows and 0 < len(tau_study.decided(rows)) <= len(rows)
+    whole = study.training_rows(study.prompts_of("training", 0), drafts, study.World(step=1.0), 0)
+    assert len(tau_study.decided(whole)) < len(tau_study.decided(rows))
+    (*_, temperature), same = tau_study.calibrated(rows, 0)
+    assert same is rows and 0.3 < float(temperature) < 5
