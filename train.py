@@ -572,8 +572,8 @@ def get_args(argv=None):
         help="adapters are scaled by alpha / rank (default: 2 * rank)")
     add("--save_adapter", action="store_true", help="save the adapter in PEFT's format, unmerged")
     # memory and speed: these change the result by rounding at most
-    add("--tokens_per_batch", type=at_least(1), default=2048,
-        help="tokens per forward pass, unless one pair is longer")
+    add("--tokens_per_batch", type=at_least(1),
+        help="tokens per forward pass, unless a pair is longer (default: 1024 on a CPU, else 2048)")
     add("--gradient_checkpointing", action="store_true", help="less memory, more time")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--fsdp", action="store_true", help="under torchrun: shard weights over the ranks")

@@ -63,6 +63,19 @@ def run_train(folder, name, args, *flags):
 # ---------------------------------------------------------------------------------------- the table
 
 
+OURS = {  # flags of train.py
+    "rdpo": [],
+    "rdpo, 2,048 tokens a batch": ["--tokens_per_batch", 2048],
+    "rdpo, one pair a batch": ["--tokens_per_batch", 1],
+    "rdpo, one pair, checkpointing": ["--gradient_checkpointing", "--tokens_per_batch", 1]}
+THEIRS = {  # more of TRL's DPOConfig; ragged rows are trained with the first and the last
+    "its defaults": {},
+    "no checkpointing": {"gradient_checkpointing": False},
+    "reference precomputed": {"precompute_ref_log_probs": True},
+    "reference precomputed, no checkpointing": {"precompute_ref_log_probs": True,
+                                                "gradient_checkpointing": False}}
+
+
 def compare_with_trl(folder, args):
     python, tokenizer = trl_python(args), load_tokenizer(args.model)
     write_rows(folder, (ragged_rows if args.ragged else make_rows)(tokenizer, args))
@@ -70,11 +83,7 @@ def compare_with_trl(folder, args):
     common = ["--model", args.model, "--batch_size", args.batch_size, "--max_steps", args.steps,
               "--learning_rate", "1e-5"]
     runs = {}  # name -> (losses, seconds of the steps after the first, peak MiB)
-    for name, flags in (
-            ("rdpo", []),
-            ("rdpo, one pair a batch", ["--tokens_per_batch", 1]),
-            ("rdpo, one pair, checkpointing",
-             ["--gradient_checkpointing", "--tokens_per_batch", 1])):
+    for name, flags in OURS.items():
         output, steps, peak = run_train(folder, f"out{len(runs)}", args, *common, *flags)
         if not runs:  # later runs find the reference in the cache
             reference = float(re.search(REFERENCE_PASS, output)[2])
@@ -84,12 +93,9 @@ def compare_with_trl(folder, args):
     computed_again = int(re.search(REFERENCE_PASS, output)[1])
 
     job = f"{folder}/job.json"
-    for name, config in (
-            ("its defaults", {}),
-            ("no checkpointing", {"gradient_checkpointing": False}),
-            ("reference precomputed", {"precompute_ref_log_probs": True}),
-            ("reference precomputed, no checkpointing",
-             {"precompute_ref_log_probs": True, "gradient_checkpointing": False})):
+    for name, config in THEIRS.items():
+        if args.ragged and name not in ("its defaults", list(THEIRS)[-1]):
+            continue
         write_trl_job(job, pairs, tokenizer, model=args.model, batch_size=args.batch_size,
                       beta=0.1, max_length=10**6, config=config,
                       learning_rates=[step["lr"] for step in steps])

@@ -31,7 +31,7 @@ def best_device():
 
 
 def setup(args):
-    """Resolve args.device and args.dtype, and join torchrun's ranks. Returns (device, dtype).
+    """Resolve what args leaves to the machine, and join torchrun's ranks. Returns (device, dtype).
 
     Only rank 0 prints. BadInput if the machine lacks what the flags ask for.
     """
@@ -42,6 +42,8 @@ def setup(args):
         has_bfloat16 = has_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = ("float32" if args.device != "cuda"
                       else "bfloat16" if has_bfloat16 else "float16")
+    if args.tokens_per_batch is None:  # a GPU needs more at a time to be busy, a CPU's caches less
+        args.tokens_per_batch = 1024 if args.device == "cpu" else 2048
     refuse(
         "",
         (not {"cuda": has_cuda, "mps": has_mps, "cpu": True}[args.device],

@@ -29,7 +29,8 @@ from infra.selfcheck import check_equal
 
 
 def args_for(**changes):
-    args = train.get_args(["--data", "none", "--device", "cpu", "--dtype", "float32"])
+    args = train.get_args(["--data", "none", "--device", "cpu", "--dtype", "float32",
+                           "--tokens_per_batch", "2048"])
     vars(args).update(changes)
     return args
 
