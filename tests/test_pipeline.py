@@ -229,6 +229,18 @@ def test_a_real_server(llama_server, run_stage, write_rows, tmp_path, monkeypatc
             assert (row["score_" + name] is None) == (attempts[-1]["verdict"] is None)
             assert all(attempt["reply"] for attempt in attempts)
 
+    pairwise = tmp_path / "pairwise.jsonl"
+    code, out, err = run_stage(reward, *common, "--data", synthetic, "--out", pairwise, "--limit",
+                               4, "--max_tokens", 60, "--json_verdicts", "--pairwise")
+    rows = read_lines(pairwise)
+    attempts = [row["judge"][name][-1] for row in rows for name in ("chosen_first",
+                                                                   "rejected_first")]
+    assert any("graded" in attempt for attempt in attempts), err  # this server gives logprobs
+    for row, (first, second) in zip(rows, zip(attempts[::2], attempts[1::2])):
+        if "graded" in first and "graded" in second:
+            assert row["tau"] == pytest.approx((first["graded"] + 1 - second["graded"]) / 2)
+        assert row["tau"] is None or 0 <= row["tau"] <= 1
+
     monkeypatch.setenv("LLAMA_KEY", "another-key")
     refused = tmp_path / "refused.jsonl"
     code, _, err = run_stage(teacher, *common, "--prompts", prompts, "--out", refused)
