@@ -313,7 +313,8 @@ WORDS = ("", "no such word")
 WHOLE = (*WORDS, 1.5, "nan", "inf", -1, 10**30)
 REAL = (*WORDS, "nan", "inf", "-inf", 1e39, 1e-40)
 BAD_VALUES = {
-    **dict.fromkeys(("data", "eval_data", "model", "cache_dir", "out_dir"), ("",)),
+    **dict.fromkeys(("data", "eval_data", "model", "reference", "cache_dir", "out_dir"),
+                    ("",)),
     **dict.fromkeys(("loss", "dtype", "device", "save_dtype", "template_kwargs"), WORDS),
     **dict.fromkeys(("max_length", "epochs", "max_steps", "batch_size", "tokens_per_batch",
                      "eval_every", "save_every", "max_new_tokens"), (*WHOLE, 0)),

@@ -12,6 +12,7 @@ from conftest import ROOT, read_lines, read_metrics
 
 import reward
 import teacher
+from infra.client import token_logprobs
 from infra.models import TOY_STUDENT
 from toy import one_row, world
 from toy import server as toy
@@ -231,15 +232,19 @@ def test_a_real_server(llama_server, run_stage, write_rows, tmp_path, monkeypatc
 
     pairwise = tmp_path / "pairwise.jsonl"
     code, out, err = run_stage(reward, *common, "--data", synthetic, "--out", pairwise, "--limit",
-                               4, "--max_tokens", 60, "--json_verdicts", "--pairwise")
-    rows = read_lines(pairwise)
-    attempts = [row["judge"][name][-1] for row in rows for name in ("chosen_first",
-                                                                   "rejected_first")]
-    assert any("graded" in attempt for attempt in attempts), err  # this server gives logprobs
-    for row, (first, second) in zip(rows, zip(attempts[::2], attempts[1::2])):
-        if "graded" in first and "graded" in second:
-            assert row["tau"] == pytest.approx((first["graded"] + 1 - second["graded"]) / 2)
-        assert row["tau"] is None or 0 <= row["tau"] <= 1
+                               2, "--verdict_retries", 0, "--max_tokens", 60, "--json_verdicts",
+                               "--pairwise")
+    for row in read_lines(pairwise):
+        last = [row["judge"][name][-1] for name in ("chosen_first", "rejected_first")]
+        wins = [attempt.get("graded", {1: 1, 2: 0, 0: 0.5}.get(attempt["verdict"]))
+                for attempt in last]
+        assert row["tau"] == (None if None in wins else pytest.approx((wins[0] + 1 - wins[1]) / 2))
+    body = {"model": "any", "max_tokens": 3, "logprobs": True, "top_logprobs": 10,
+            "messages": [{"role": "user", "content": "Say 4."}]}
+    reply = requests.post(f"{llama_server}/chat/completions", json=body, timeout=60,
+                          headers={"Authorization": "Bearer made-up-key"}).json()
+    logprobs = token_logprobs(reply["choices"][0])  # what graded scores are made of
+    assert 0 < len(logprobs) <= 3 and all(len(others) == 10 for _, others in logprobs)
 
     monkeypatch.setenv("LLAMA_KEY", "another-key")
     refused = tmp_path / "refused.jsonl"
