@@ -44,6 +44,7 @@ RECIPES = (  # of docs/scale.md
     "--shape 8b --lora_rank 16 --gradient_checkpointing --tokens_per_batch 2048",
     "--shape 8b --lora_rank 16 --gradient_checkpointing --tokens_per_batch 16384",
     "--shape solar-10.7b --lora_rank 16 --gradient_checkpointing --tokens_per_batch 16384",
+    "--shape solar-10.7b --lora_rank 16 --tokens_per_batch 8192",
     "--shape solar-10.7b --fsdp 8 --gradient_checkpointing --tokens_per_batch 8192",
 )
 CHECKS = [f"--shape smollm2-135m --dtype float32 --tokens_per_batch 512 --prompt_length 256 "
