@@ -101,6 +101,10 @@ def run(main):
     """Run a command's main(). BadInput exits with 2, a full disk with 1, Ctrl-C with 130."""
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # what reads our output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

@@ -60,8 +60,9 @@ def table_line(label, metrics, val_metrics):
     first = f"{label:6d} {metrics['loss']:7.4f}" if metrics else f"{label:>6}".ljust(14)
     agreement = (f"{value['rewards/score_agreement']:.2f}"
                  if "rewards/score_agreement" in value else "-")
+    margin = round(value["rewards/margins"], 2) + 0.0  # turns -0.0 into 0.0
     return (f"{first:.14s} | {value['loss']:16.4f}  {value['rewards/accuracies']:8.2f}  "
-            f"{agreement:>18}  {value['rewards/margins']:+6.2f}  {value['logps/chosen']:11.1f}  "
+            f"{agreement:>18}  {margin:+6.2f}  {value['logps/chosen']:11.1f}  "
             f"{value['logps/rejected']:8.1f}")
 
 

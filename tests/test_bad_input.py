@@ -595,3 +595,9 @@ def test_a_student_whose_weights_are_damaged(run_train, write_rows, tmp_path, da
     assert_one_line(result, "--model", "lack 1 of the weights" if "missing" in damage
                     else "cannot be loaded")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_reader_that_has_enough_gives_no_traceback():
+    command = f"{sys.executable} data.py toy/scored.jsonl | head -n 1"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.startswith("toy/scored.jsonl: 900 rows") and not result.stderr
