@@ -162,7 +162,7 @@ class Pair:
 
     @property
     def names(self):
-        """What siblings share: ids, the prompt before it was cut, or the group."""
+        """Names of this pair, any of which its siblings share: ids, uncut prompt, group."""
         names = tuple(self.prompt_ids), json.dumps(as_messages(self.prompt)), self.group
         return [name for name in names if name is not None]
 
@@ -253,7 +253,7 @@ def check_judges(pairs):
 
 
 def split_train_val(pairs, share, seed, at_most=256):
-    """(training pairs, validation pairs): siblings, see Pair.names, are on one side.
+    """(training pairs, validation pairs): siblings (see Pair.names) stay on one side.
 
     Validation gets a share of the families of siblings, at most `at_most` of them.
     """

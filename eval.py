@@ -208,6 +208,9 @@ def text_nats(states, paragraphs, device):
 
     sizes, sums = [sum(len(ids) - 1 for ids in chunks) for chunks in paragraphs], {}
     for name in states:
+        refuse(f"--model {name}", (
+            len(states[name][1]) != len(states["base"][1]),
+            "its output head has another size than that of --base_model; leave out --text"))
         nats = torch.ones(3, len(targets), device=device)  # (3, N)
         for (chunk, base), (_, own) in zip(logps(*states["base"]), logps(*states[name])):
             nats[0, chunk] = F.nll_loss(own, targets[chunk], reduction="none")
@@ -424,15 +427,16 @@ def run_models(args, task, rows, pairs, paragraphs, tokenizers):
             texts = [Answer(row["answer"], row["finish"], row["prompt_ids"], row["ids"])
                      for row in answers[name]]
             sampled[name] = texts, answer_logps(model, texts)
+    base_tokenizer = tokenizers[args.base_model]  # and model is the base, the last of the loop
     for name, (texts, student_logps) in sampled.items():
         log_ratios = student_logps - answer_logps(model, texts)
         kl |= zip((row["id"] for row in answers[name]), log_ratios.tolist())
     if args.bare_question:
         bare = [row | {"prompt": row.get("question", row["prompt"])} for row in rows]
-        answers[BARE] = answer_rows(path, BARE, model, tokenizers[folder], bare, None, args)
+        answers[BARE] = answer_rows(path, BARE, model, base_tokenizer, bare, None, args)
     if args.self_refine:
-        answers[REFINED] = answer_rows(path, REFINED, model, tokenizers[folder], rows, task, args)
-        refined = refined_rows(answers[REFINED], folder)
+        answers[REFINED] = answer_rows(path, REFINED, model, base_tokenizer, rows, task, args)
+        refined = refined_rows(answers[REFINED], args.base_model)
         atomic_write(os.path.join(args.out_dir, "refined.jsonl"),
                      "".join(json.dumps(row) + "\n" for row in refined))
     return answers, kl, logps, text_nats(states, paragraphs, device) if paragraphs else {}

@@ -19,8 +19,8 @@ This is our reading of equation (2) of Gallego 2024 (arXiv:2402.08005). The pape
 loss generalises DPO and that tau brings the scores in; the exact form of tau is inferred. It is
 one function, `preference_probability`, so another reading is a change of one line.
 
-Shapes: B pairs; R rows of T tokens (R = B if a row holds a prompt and both answers, 2B if it
-holds one answer); N response tokens in all; D hidden size; V vocabulary size. (In shapes T is
+Shapes: B pairs; R rows of T tokens (R <= B if a row holds whole pairs, R = 2B if it holds one
+prompt and answer); N response tokens in all; D hidden size; V vocabulary size. (In shapes T is
 the tokens of a row; in tau it is the temperature.)
 
     python rdpo.py        print the loss and its gradient for a few score gaps
@@ -44,9 +44,9 @@ from infra.disk import make_folder, writing
 def preference_probability(score_chosen, score_rejected, temperature=1.0):
     """tau (B,): the probability that the chosen answer beats the rejected one, by their scores.
 
-    Bradley-Terry on the external scores, each (B,): sigmoid((s_r - s_o) / T). T is in units of
-    the score. A large T trusts the scores less (tau near 1/2); T near 0 keeps only their order.
-    ValueError if T <= 0.
+    Bradley-Terry on the external scores, each (B,): sigmoid((s_r - s_o) / T). A large T
+    trusts the scores less (tau near 1/2); T near 0 keeps only their order. T is in points of the
+    scores; train.py widens a judge's known scale to 5 points first. ValueError if T <= 0.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, not {temperature}")

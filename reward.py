@@ -185,7 +185,7 @@ def compare(client, judge, args, question, answer, other):
     """(P(answer is better than other) or None, attempts in both orders).
 
     In each order the verdict is 1, 2 or 0 for neither: a win is 1, 0 or 1/2, or graded. The mean
-    of both orders is free of the place's own pull: a judge that sees only it gives 1/2.
+    of both orders cancels position bias: a judge that sees only the position gives 1/2.
     """
     which = dataclasses.replace(judge, verdict="Better:", lowest=0, highest=2)
     (first, attempts_first), (second, attempts_second) = (
@@ -296,7 +296,7 @@ def provenance(task, args):
     if args.endpoint:
         return {"model": args.model, "endpoint": args.endpoint}
     judge = dataclasses.asdict(task.judge) | ({"json": True} if args.json_verdicts else {})
-    who = {"model": args.model, "task": digest(judge, ()), "behaviour": task.name}
+    who = {"model": args.model, "task": digest(judge), "behaviour": task.name}
     return who if args.pairwise else who | {"scale": score_range(task.judge)}
 
 
@@ -346,11 +346,10 @@ def report(path, adds, good):
         if is_graded and None not in added:
             ties_of_verdicts.append(len(means) == 1)
     known = len(numbers) - numbers.count(None)
-    what = "answers have a score" if len(adds) > 1 else "rows have a tau"
-    print(f"{known} of {len(numbers)} {what} ({100 * known / len(numbers):.1f} %); "
+    what, number = ("answers", "a score") if len(adds) > 1 else ("rows", "a tau")
+    print(f"{known} of {len(numbers)} {what} have {number} ({100 * known / len(numbers):.1f} %); "
           f"{len(unread)} replies had no verdict, {unread.count('length')} of them cut by "
-          f"--max_tokens; {len(numbers) // len(adds) - len(gaps)} rows lack "
-          f"{what.split()[-2]} {what.split()[-1]}")
+          f"--max_tokens; {len(numbers) // len(adds) - len(gaps)} rows lack {number}")
     if spreads:
         print(f"repeated verdicts: identical on {100 * spreads.count(0) / len(spreads):.1f} % of "
               f"the answers, mean standard deviation {statistics.fmean(spreads):.2f}")

@@ -22,7 +22,7 @@ from infra.generate import generate
 from infra.lora import load_adapter
 from infra.models import TOY_STUDENT, load_model, load_tokenizer, position_limit
 from infra.report import side_by_side
-from infra.rows import is_text, read_object
+from infra.rows import is_text, read_flags
 
 
 def load(folder):
@@ -36,9 +36,7 @@ def load(folder):
 @functools.cache
 def load_reference(folder):
     """The reference of an out_dir's run: --reference, else --model. BadInput if it is unknown."""
-    file = os.path.join(folder, "args.json")
-    flags = read_object(file, "the out_dir of a run of train.py: it names the reference")
-    refuse(file, ("model" not in flags, "no `model`, so the reference is not known"))
+    flags = read_flags(folder)
     return load(flags.get("reference") or flags["model"] or TOY_STUDENT)
 
 

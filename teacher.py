@@ -81,7 +81,7 @@ def main(argv=None):
     texts = {"system": task.system, "critique": task.critique, "revision": task.revision}
     stage = Stage(
         adds=("rejected", "critique", "chosen", "teacher"), provenance_key="teacher",
-        provenance={"model": args.model, "task": digest(texts, ())}, check=check_prompt,
+        provenance={"model": args.model, "task": digest(texts)}, check=check_prompt,
         work=lambda row: self_critique(client, task, args, row),
         show=lambda row: show_conversation(task, row))
     failed = run_rows(stage, args.prompts, args, client.counts)

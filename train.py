@@ -54,7 +54,7 @@ def imitation(losses, chosen_nll, args):
 class Loss(NamedTuple):
     """A choice of --loss. A new one is a new entry of LOSSES."""
     needs_scores: bool
-    target: Callable  # (score_gaps (P,), args) -> tau (P,), of all P pairs of a file
+    target: Callable  # (score_gaps (P,), args) -> tau (P,), of a Dataset's P pairs
     combine: Callable  # (losses (B,), chosen_nll (B,), args) -> (B,), summed by forward()
 
 
@@ -173,7 +173,7 @@ def rank_batches(pairs, indices, share_prefix, args):
 # ---------------------------------------------------------------------------------- the reference
 
 
-SPOT_CHECKS = 16  # cached pairs of a file that are computed again
+SPOT_CHECKS = 16  # cached pairs of a Dataset that are computed again
 
 
 def cache_check(pairs, cache, args):
@@ -292,7 +292,7 @@ def train_student(args, device, dtype):
     samples = SampleAnswers(args.model is None, val_pairs)
     answers_before = sample_answers(policy, tokenizer, samples.prompts, args)
     check_cached = cache_check(train_pairs + val_pairs, cache, args)
-    if args.reference:  # another one than the policy: what it knew is cached, the policy comes
+    if args.reference:  # its log-probabilities are cached: let it go and load the policy
         check_cached(evaluate(policy, val, args)[1])
         del policy
         policy, saved_dtype, weights_before = load_policy(model_name, args, dtype)
@@ -354,7 +354,7 @@ def train_student(args, device, dtype):
         masters.collect_gradients()
         dist.sum_gradients(flat_gradients)
         log_ratios = dist.gather_rows(log_ratios)
-        if step == 0 and not args.reference:  # gate: the policy still is it, all log-ratios are 0
+        if step == 0 and not args.reference:  # gate: all log-ratios are 0
             check_cached(log_ratios)
 
         # Update. A step that is not finite is never taken.
@@ -430,7 +430,8 @@ def load_policy(name, args, dtype):
         print(f"student: stored in {str(policy.dtype)[6:]}, rounded to {args.dtype} first")
         models.cast_weights(policy, dtype)  # so that policy and reference are equal at step 0
     # Frozen 16-bit weights stay as stored under autocast. FSDP casts layer by layer.
-    if dtype == torch.float32 if args.lora_rank else not args.fsdp:
+    to_float32 = dtype == torch.float32 if args.lora_rank else not args.fsdp
+    if to_float32:
         models.cast_weights(policy, torch.float32)
     return policy, saved_dtype, weights_before
 
@@ -452,7 +453,7 @@ def check_saved(val, trained, args):
     """Print and return the validation margin of the student read back beside the trained one's.
 
     The margin is before beta, in nats: the change of the log-odds between the two answers. Rank 0
-    evaluates alone: the other ranks have left. Warns if more than a tenth of it was lost.
+    evaluates alone: the other ranks have left. Warns if it moved by a tenth, and by 0.05 nats.
     """
     student = models.load_model(args.out_dir, dtype="auto")
     if student.dtype == torch.float32:  # autocast would round it to nearest
@@ -540,7 +541,7 @@ def get_args(argv=None):
         help="scored rows, .jsonl or a JSON list; any files")
     add("--eval_data", type=path, nargs="+",
         help="validation rows (default: a share of the prompts)")
-    add("--eval_share", type=share, default=0.1, help="that share, at most 256 prompts")
+    add("--eval_share", type=share, default=0.1, help="that share, at most 256 families of prompts")
     add("--model", type=path,
         help="student: a folder or hub id (default: the bundled toy student)")
     add("--reference", type=path,
@@ -552,13 +553,14 @@ def get_args(argv=None):
     # loss
     add("--loss", choices=LOSSES, default="rdpo")
     add("--beta", type=above_0(), default=0.1, help="how tightly the reference holds the student")
-    add("--temperature", type=above_0(), default=1.0, help="T of tau, in units of the score (rdpo)")
+    add("--temperature", type=above_0(), default=1.0,
+        help="T of tau, in points of a scale of 5 (rdpo)")
     add("--label_smoothing", type=smoothing, default=0.0, help="tau = 1 - this (dpo)")
     add("--sft_weight", type=at_least(0, float), default=0.0,
         help="weight of an added imitation loss (rdpo, dpo)")
     # optimizer
     add("--learning_rate", type=at_least(0, float),
-        help="default 5e-6, for the toy 3e-4; ten times that with LoRA")
+        help="default 5e-6, without --model 3e-4; ten times that with LoRA")
     add("--warmup", type=share, default=0.1, help="share of steps with a rising learning rate")
     add("--weight_decay", type=at_least(0, float), default=0.0)
     add("--max_grad_norm", type=above_0(), default=1.0)
@@ -599,6 +601,9 @@ def get_args(argv=None):
         (args.label_smoothing and args.loss != "dpo", "--label_smoothing needs --loss dpo"),
         (not args.lora_rank and (args.lora_alpha is not None or args.save_adapter),
          "--lora_alpha and --save_adapter need --lora_rank, such as --lora_rank 16"),
+        (args.temperature != 1 and args.loss != "rdpo", "--temperature needs --loss rdpo"),
+        (args.sft_weight and LOSSES[args.loss].combine is imitation,
+         "--sft_weight needs --loss rdpo or dpo: the others are imitation already"),
         (args.fsdp and args.compile, "--compile does not work with --fsdp; leave one out"),
         ({*map(os.path.realpath, args.data)} & {*map(os.path.realpath, args.eval_data or [])},
          "--eval_data is a file of --data too; give other rows, or leave it out"))

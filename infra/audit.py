@@ -11,11 +11,9 @@ import math
 import os
 import textwrap
 
-from infra.checkpoint import read_flags
 from infra.command import refuse
 from infra.report import side_by_side, table
-from infra.rows import as_answer, canonical, stream_rows
-
+from infra.rows import as_answer, canonical, read_flags, stream_rows
 
 SHOWN = 500  # characters of an answer
 
@@ -57,7 +55,7 @@ def suspects(lines):
 def show_audit(out_dir, shown=10):
     """Print the student's p against tau, and the first suspects with their texts."""
     lines = last_lines(os.path.join(out_dir, "audit.jsonl"))
-    flags, blocks = read_flags(os.path.join(out_dir, "args.json")), {}
+    flags, blocks = read_flags(out_dir), {}
     edges = [i / 5 for i in range(6)]
     for split in ("training", "validation"):
         own = [line for line in lines.values() if line["split"] == split]

@@ -1,8 +1,8 @@
 """The files of a training run: out_dir, the state to resume from, and the student at the end.
 
     out_dir/args.json                 the flags; a resumed run must repeat them
-    out_dir/metrics.jsonl             one line per step
-    out_dir/audit.jsonl               one line per pair, see audit.py
+    out_dir/metrics.jsonl             one line per step, one per evaluation
+    out_dir/audit.jsonl               one line per pair and epoch or evaluation, see audit.py
     out_dir/state/step-00000100/      float32 weights and moments, written whole or not at all
     out_dir/model.safetensors, ...    the student as a Hugging Face folder, or an adapter
 """
@@ -27,12 +27,13 @@ from infra.lock import only_writer
 from infra.lora import merged, save_adapter
 from infra.models import TOY_STUDENT, sample_weights, share_changed
 from infra.rounding import DROPPED_BITS, stochastic_round
-from infra.rows import atomic_write
+from infra.rows import atomic_write, read_flags
 
 # ----------------------------------------------------------------------------------------- out_dir
 
 # Flags that a resumed run may change: they change neither the data nor the weights.
-FREE_TO_CHANGE = {"resume", "overwrite", "save_every", "save_dtype", "cache_dir", "max_new_tokens"}
+FREE_TO_CHANGE = {"resume", "overwrite", "save_every", "save_dtype", "skip_saved_check",
+                  "cache_dir", "max_new_tokens"}
 
 
 @contextlib.contextmanager
@@ -66,21 +67,11 @@ def check_out_dir(args):
         (not is_new and not args.resume and not args.overwrite,
          "holds an earlier run; add --resume to continue it or --overwrite to delete it"))
     if not is_new and args.resume:
-        before = read_flags(path)
+        before = read_flags(out_dir, "another --out_dir, or --overwrite to begin again")
         for name in sorted(before.keys() & vars(args).keys() - FREE_TO_CHANGE):
             refuse("", (vars(args)[name] != before[name],
                         f"--{name} is {vars(args)[name]}, but the run in {out_dir} has "
                         f"{before[name]}; repeat its flags, or give another --out_dir"))
-
-
-def read_flags(path):
-    """The flags of an earlier run. BadInput if args.json is damaged."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return dict(json.load(file))
-    except (OSError, TypeError, ValueError) as error:
-        raise BadInput(f"{path}: damaged ({first_line(error)}); give another --out_dir, or "
-                       "--overwrite to begin again") from error
 
 
 def begin_out_dir(args, first_step):

@@ -127,8 +127,8 @@ def warn(text):
 
 
 def printable(text):
-    """Text from a model, safe for a terminal: control characters become U+FFFD."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+    """Text from a model, safe for a terminal: control characters become U+FFFD, tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def one_line(text):

@@ -1,10 +1,9 @@
 """curves.png, drawn from the metrics.jsonl that train.py writes: one run, or several in colours."""
 import importlib.util
-import json
 import os
 
 from infra.command import BadInput
-from infra.rows import read_text, stream_rows
+from infra.rows import read_flags, stream_rows
 
 # The upper row also shows the training batches. In the lower row they would show which pairs a
 # batch holds, not what was learned. The last panel is how far the student moved: the mean of
@@ -54,8 +53,7 @@ def draw_curves(folders, path):
 
 def read_metrics(folder):
     """(training lines, validation lines) of a run's metrics.jsonl, with eval/log-ratio added."""
-    args = read_text(os.path.join(folder, "args.json"), "the out_dir of a run of train.py")
-    beta = json.loads(args)["beta"]
+    beta = read_flags(folder)["beta"]
     # A killed run may have left its last line torn.
     metrics = stream_rows(os.path.join(folder, "metrics.jsonl"), on_bad=lambda error: None)
     lines = [line for _, line in metrics]

@@ -12,7 +12,7 @@ import textwrap
 from collections import Counter
 
 from infra.command import one_line, printable, warn
-from infra.rows import as_messages, canonical, few, read_text, stream_rows
+from infra.rows import as_messages, canonical, few, read_object, stream_rows
 
 
 def histogram(values, width=40):
@@ -106,10 +106,8 @@ def side_by_side(prompts, answers_of):
 def warn_of_overlap(folder, path, prompts):
     """Warn if prompts of the file `path` are in the data that a student was trained on."""
     args = os.path.join(folder, "args.json")
-    sources = []
-    if os.path.exists(args):
-        sources = json.loads(read_text(args, "a run's args.json")).get("data", [])
-    for source in filter(os.path.exists, [sources] if isinstance(sources, str) else sources):
+    flags = read_object(args, "whole flags, or take it away") if os.path.exists(args) else {}
+    for source in filter(os.path.exists, flags.get("data", [])):
         rows = stream_rows(source, on_bad=lambda error: None)
         seen = {json.dumps(as_messages(canonical(row).get("prompt"))) for _, row in rows}
         count = sum(json.dumps(as_messages(prompt)) in seen for prompt in prompts)

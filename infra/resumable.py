@@ -42,7 +42,7 @@ class Stage:
     batch_size: int = 0  # above 0: work takes that many rows, and gives a row or RowFailed for each
 
 
-def digest(row, ignored_keys):
+def digest(row, ignored_keys=()):
     """A hash of a row's content without its id and the ignored keys, to compare rows by."""
     content = {key: value for key, value in row.items() if key not in ignored_keys and key != "id"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -12,7 +12,7 @@ import sys
 import zlib
 from dataclasses import dataclass, field
 
-from infra.command import BadInput, refuse, warn
+from infra.command import BadInput, first_line, refuse, warn
 
 # Our name -> what others call it: the files of the method's author, and common hub datasets.
 ALIASES = {
@@ -51,9 +51,21 @@ def read_text(path, wanted):
 
 def read_object(path, wanted):
     """The JSON object that a whole file is. BadInput if it is none; `wanted` as in read_text."""
-    value = parse_json(read_text(path, wanted).encode(), path, 1)
+    try:
+        value = json.loads(read_text(path, wanted))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: damaged ({first_line(error)}); give {wanted}") from error
     refuse(path, (not isinstance(value, dict), f"not a JSON object; give {wanted}"))
     return value
+
+
+def read_flags(out_dir, wanted="the out_dir of a run of train.py"):
+    """The flags of a run of train.py. BadInput if out_dir is none; `wanted` as in read_text."""
+    path = os.path.join(out_dir, "args.json")
+    flags = read_object(path, wanted)
+    refuse(path, (not {"beta", "data", "model"} <= flags.keys(),
+                  f"not the flags of train.py; give {wanted}"))
+    return flags
 
 
 def decode(content, path, line=1):

@@ -1,4 +1,4 @@
-"""What a training run prints and logs: the table, the answers before and after, curves."""
+"""What a training run prints and logs: the table, the answers before and after."""
 import math
 import os
 import resource

@@ -22,7 +22,7 @@ class Judge:
     lowest: int | float
     highest: int | float
     good: str  # the best verdicts: "high", "low" or "zero" (nearest to 0)
-    pairwise: str = ""  # for eval.py --pairwise: asks whether {first} or {second} is better
+    pairwise: str = ""  # for --pairwise: asks whether {first} or {second} is better
 
 
 @dataclass(kw_only=True)

@@ -336,7 +336,8 @@ def test_every_flag_refuses_values_out_of_its_range(run_train):
 
 @pytest.mark.parametrize("flags", [
     ["--label_smoothing", 0.1], ["--lora_alpha", 8], ["--save_adapter"], ["--fsdp", "--compile"],
-    ["--fsdp"], ["--betta", 1]], ids=str)
+    ["--fsdp"], ["--betta", 1], ["--temperature", 2, "--loss", "dpo"],
+    ["--sft_weight", 0.1, "--loss", "dsc"]], ids=str)
 def test_flags_that_do_not_go_together(run_train, flags):
     assert_one_line(run_train("--data", "rows.jsonl", *flags), flags[0])
 

@@ -30,7 +30,8 @@ def args_of(folder, *flags):
     (["args.json"], ["--resume", "--seed", 1, "--warmup", 0, "--beta", 0.3, "--epochs", 2,
                      "--batch_size", 3, "--save_every", 3], "--batch_size is 3"),
     ("a file", ["--overwrite"], "holds no run"),
-    (["args.json"], ["--resume", "--save_every", 3, "--cache_dir", "c"], None),
+    (["args.json"], ["--resume", "--save_every", 3, "--cache_dir", "c", "--skip_saved_check"],
+     None),
     (["args.json"], ["--overwrite", "--beta", 0.3], None)], ids=str)
 def test_out_dir_is_new_or_holds_the_run_to_continue_or_to_delete(
         tmp_path, content, flags, message):

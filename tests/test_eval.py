@@ -18,6 +18,7 @@ import eval as evaluation
 import rdpo
 import train
 from data import encode_prompt, load_pairs
+from infra.command import BadInput
 from infra.generate import Answer, generate
 from infra.intervals import bootstrap, equal_length, mean, ratio
 from infra.models import TOY_STUDENT, load_model, load_tokenizer
@@ -207,6 +208,10 @@ def test_text_against_a_slow_loop(name, monkeypatch):
     early = [[chunk[:1] + chunk[:-1] for chunk in chunks] for chunks in paragraphs]
     shifted = evaluation.text_nats(states, early, torch.device("cpu"))["out"]
     assert not torch.allclose(shifted[0], wanted[0], rtol=0.01)
+    hidden, head, *rest = states["out"]
+    with pytest.raises(BadInput, match="--model out: its output head has another size"):
+        evaluation.text_nats(states | {"out": (hidden, head[1:], *rest)}, paragraphs,
+                             torch.device("cpu"))
 
 
 def test_text_is_cut_at_empty_lines_and_at_max_length(toy_tokenizer, write_rows):
@@ -616,9 +621,13 @@ def test_prompts_that_the_student_has_seen(run_eval, student, write_rows, tmp_pa
                       "seen.jsonl")
     run_args = os.path.join(student, "args.json")
     with open(run_args, "w", encoding="utf-8") as file:
-        json.dump({"data": seen}, file)
+        json.dump({"data": [seen]}, file)
     code, _, err = run_eval(prompts=PROMPTS[:4])
+    with open(run_args, "w", encoding="utf-8") as file:
+        file.write("{")
+    damaged = run_eval(prompts=PROMPTS[:4])
     os.remove(run_args)
+    assert damaged[0] == 2 and f"{run_args}: damaged" in damaged[2]
     assert code == 0 and err.count("\n") == 1
     assert f"warning: 2 of 4 prompts of {tmp_path}/prompts.jsonl are in {seen}" in err
     assert run_eval(prompts=PROMPTS[:4])[2] == ""
@@ -692,3 +701,9 @@ def test_curves_of_runs(run_train, run_stage, toy_rows, write_rows, tmp_path, mo
     assert (code, out) == (0, "pictures/curves.png\n"), err
     assert (tmp_path / "pictures" / "curves.png").stat().st_size > 20_000
     assert run_stage(evaluation, "--curves", "a")[1] == "eval/curves.png\n"
+    for content, message in (("{", "damaged"), ("[]", "not a JSON object"),
+                             ("{}", "not the flags")):
+        (tmp_path / "b" / "args.json").write_text(content)
+        code, _, err = run_stage(evaluation, "--curves", "a", "b")
+        assert code == 2 and err.startswith(f"error: b/args.json: {message}"), err
+        assert err.count("\n") == 1 and "the out_dir of a run of train.py" in err

@@ -239,9 +239,9 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(run_chat, scripted_model, o
 
 def test_a_model_cannot_steer_the_terminal_nor_bad_bytes_end_the_chat(
         run_chat, scripted_model, out, toy_tokenizer):
-    scripted_model(lambda prompt: iter(["\x1b[2J", "\x07done"]), toy_tokenizer)
+    scripted_model(lambda prompt: iter(["\x1b[2J", "\x07it:\tdone"]), toy_tokenizer)
     code, said, err = run_chat(b"one\n\xff\n", "--model", out)
-    assert (code, err) == (0, "") and said[:2] == ["\ufffd[2J\ufffddone"] * 2
+    assert (code, err) == (0, "") and said[:2] == ["\ufffd[2J\ufffdit:\tdone"] * 2
 
 
 def test_what_goes_wrong_in_a_chat_is_one_line_and_the_chat_goes_on(run_chat, tmp_path, out):
