@@ -52,8 +52,11 @@ def read_text(path, wanted):
 def read_object(path, wanted):
     """The JSON object that a whole file is. BadInput if it is none; `wanted` as in read_text."""
     try:
-        value = json.loads(read_text(path, wanted))
-    except (ValueError, RecursionError) as error:
+        with open(path, "rb") as file:
+            value = json.load(file)
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}; give {wanted}") from error
+    except (RecursionError, ValueError) as error:
         raise BadInput(f"{path}: damaged ({first_line(error)}); give {wanted}") from error
     refuse(path, (not isinstance(value, dict), f"not a JSON object; give {wanted}"))
     return value

@@ -38,7 +38,7 @@ def out(tmp_path_factory, toy_tokenizer):
             weight += 0.1 * weight.std() * torch.randn_like(weight)
     student.save_pretrained(folder)
     toy_tokenizer.save_pretrained(folder)
-    (folder / "args.json").write_text('{"model": null, "data": []}')
+    (folder / "args.json").write_text('{"model": null, "data": [], "beta": 0.1}')
     return folder
 
 
@@ -147,7 +147,7 @@ def test_the_reference_is_the_runs_own(run_stage, out, tmp_path):
     folder, prompt = tmp_path / "out", ("--prompt", PROMPT, "--compare")
     shutil.copytree(TOY_STUDENT, folder)
     for flags in ({"model": str(out), "reference": None}, {"model": None, "reference": str(out)}):
-        (folder / "args.json").write_text(json.dumps(flags | {"data": []}))
+        (folder / "args.json").write_text(json.dumps(flags | {"data": [], "beta": 0.1}))
         assert "reference: " + answer_of(out, PROMPT)[:40] in run_stage(
             sample, "--model", folder, *prompt)[1]
         sample.load_reference.cache_clear()
@@ -252,7 +252,7 @@ def test_what_goes_wrong_in_a_chat_is_one_line_and_the_chat_goes_on(run_chat, tm
     assert "tokens, but the model reads 1024" in lines[1] and "/new" in lines[1]
     code, said, err = run_chat([PROMPT, "/base"], "--model", TOY_STUDENT)  # no run's folder
     assert code == 0 and said[0] == answer_of(TOY_STUDENT, PROMPT)
-    assert err.count("\n") == 1 and "args.json" in err and "names the reference" in err
+    assert err.count("\n") == 1 and "args.json" in err and "the out_dir of a run of train.py" in err
 
 
 # --------------------------------------------------------------------------------------- adapters
