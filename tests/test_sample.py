@@ -282,7 +282,7 @@ def test_an_adapter_answers_as_the_merged_student_does(run_stage, run_train, tmp
         (adapter / "adapter_config.json").write_text(json.dumps(config | change))
         assert_one_line(run_stage(sample, "--model", adapter, *flags), "merge it with peft")
     (adapter / "adapter_config.json").write_text("[")
-    assert_one_line(run_stage(sample, "--model", adapter, *flags), "adapter_config.json:1")
+    assert_one_line(run_stage(sample, "--model", adapter, *flags), "adapter_config.json: damaged")
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     (adapter / "adapter_model.safetensors").write_bytes(b"half")
     assert_one_line(run_stage(sample, "--model", adapter, *flags), "safetensors: damaged")
