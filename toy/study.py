@@ -69,7 +69,7 @@ METHODS = {  # flags of train.py, or a function: (rows, seed) -> flags, rows
     "rDPO, T 3": ("--loss", "rdpo", "--temperature", "3"),
 }
 COMPARED = list(METHODS)[:5]  # the others vary the temperature, at rDPO's learning rate
-LEARNING_RATES = (1e-4, 2e-4, 4e-4, 8e-4)
+LEARNING_RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
 
 
 @dataclass(frozen=True)
