@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import sys
+import time
 import types
 
 import torch
@@ -85,6 +86,9 @@ def cleanup():
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        # gloo's threads may still free tensors, with Python's lock. One that waits for that lock
+        # while Python ends would abort the process (github.com/pytorch/pytorch/pull/179291).
+        time.sleep(0.5)
 
 
 def broadcast(value):
