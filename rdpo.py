@@ -44,9 +44,9 @@ from infra.disk import make_folder, writing
 def preference_probability(score_chosen, score_rejected, temperature=1.0):
     """tau (B,): the probability that the chosen answer beats the rejected one, by their scores.
 
-    Bradley-Terry on the external scores, each (B,): sigmoid((s_r - s_o) / T). A large T
-    trusts the scores less (tau near 1/2); T near 0 keeps only their order. T is in points of the
-    scores; train.py widens a judge's known scale to 5 points first. ValueError if T <= 0.
+    Bradley-Terry on the external scores, each (B,): sigmoid((s_r - s_o) / T). T is in points of
+    the scores; train.py first widens a judge's known scale to 5 points. A large T trusts the
+    scores less (tau near 1/2); T near 0 keeps only their order. ValueError if T <= 0.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, not {temperature}")

@@ -107,7 +107,8 @@ def warn_of_overlap(folder, path, prompts):
     """Warn if prompts of the file `path` are in the data that a student was trained on."""
     args = os.path.join(folder, "args.json")
     flags = read_object(args, "whole flags, or take it away") if os.path.exists(args) else {}
-    for source in filter(os.path.exists, flags.get("data", [])):
+    sources = flags.get("data", [])
+    for source in filter(os.path.exists, [sources] if isinstance(sources, str) else sources):
         rows = stream_rows(source, on_bad=lambda error: None)
         seen = {json.dumps(as_messages(canonical(row).get("prompt"))) for _, row in rows}
         count = sum(json.dumps(as_messages(prompt)) in seen for prompt in prompts)

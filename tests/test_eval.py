@@ -621,8 +621,11 @@ def test_prompts_that_the_student_has_seen(run_eval, student, write_rows, tmp_pa
                       "seen.jsonl")
     run_args = os.path.join(student, "args.json")
     with open(run_args, "w", encoding="utf-8") as file:
-        json.dump({"data": [seen]}, file)
+        json.dump({"data": seen}, file)
     code, _, err = run_eval(prompts=PROMPTS[:4])
+    with open(run_args, "w", encoding="utf-8") as file:
+        json.dump({"data": [seen]}, file)  # as train.py writes it now
+    assert run_eval(prompts=PROMPTS[:4]) == (code, _, err)
     with open(run_args, "w", encoding="utf-8") as file:
         file.write("{")
     damaged = run_eval(prompts=PROMPTS[:4])
