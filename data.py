@@ -30,6 +30,7 @@ from jinja2 import TemplateError
 from infra.command import (BadInput, Parser, at_least, one_line, refuse, run,
                            template_kwargs)
 from infra.audit import show_audit
+from infra.distributed import send
 from infra.fetch import make_prompts
 from infra.labels import calibrate, label
 from infra.models import TOY_STUDENT, load_tokenizer
@@ -295,13 +296,6 @@ class Batch:
         return dataclasses.replace(self, **{
             name: send(value, device) for name, value in vars(self).items()
             if isinstance(value, torch.Tensor)})
-
-
-def send(tensor, device):
-    """Copy a CPU tensor to the device; to a GPU asynchronously, from pinned memory."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def collate(pairs, share_prefix=False, rows=None):

@@ -92,7 +92,7 @@ def sequence_logps(model, batch):
     """log pi(y|q) of every answer of a data.Batch: the SUM over its tokens, end-of-turn included.
 
     Returns (2B,) float32, the B chosen answers first. The output head computes logits only for
-    positions that predict a response token. TokenLogps (below) also writes the head's gradient.
+    positions that predict a response token.
     """
     inputs = {"input_ids": batch.input_ids}
     if batch.share_prefix:  # else the model's own causal mask and positions are right
@@ -101,17 +101,9 @@ def sequence_logps(model, batch):
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (R, T, D)
     hidden = hidden.flatten(0, 1).index_select(0, batch.hidden_index)  # (N, D)
     head = model.get_output_embeddings()
-    logps = TokenLogps.apply(hidden.to(compute_dtype(model)), head.weight, head.bias,
-                             batch.targets, *logit_scaling(model))  # (N,)
+    logps = TokenLogps.apply(hidden, head.weight, head.bias, batch.targets,
+                             *logit_scaling(model))  # (N,)
     return torch.stack([answer.sum() for answer in logps.split(batch.response_lengths)])  # (2B,)
-
-
-def compute_dtype(model):
-    """The dtype of the model's matrix products: autocast's if it is on, else the weights'."""
-    device_type = model.device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return model.dtype
 
 
 def attention_mask(model, batch):
@@ -137,10 +129,13 @@ def attention_mask(model, batch):
     same_pair, is_prompt = key // 3 == query // 3, key % 3 == 0  # see data.Batch
     visible = (column[:, None] >= column) & same_pair & (is_prompt | (key == query))  # (R, T, T)
 
+    dtype = model.get_input_embeddings().weight.dtype  # of all that the layers compute
+
     def additive(seen):  # (R, T, T) bool -> float: eager attention would add a bool as 0 and 1
-        # CUDA's fused attention copies a mask in every layer unless its strides are multiples of 8.
+        # CUDA's fused attention copies a mask in every layer unless its strides are multiples of
+        # 8. They are never T itself: torch.compile would make another graph for that case.
         rows, width, _ = seen.shape
-        mask = torch.zeros(rows, width, width + -width % 8, dtype=compute_dtype(model),
+        mask = torch.zeros(rows, width, width + 8 - width % 8, dtype=dtype,
                            device=seen.device)[..., :width]  # (R, T, T)
         return mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)[:, None]  # (R, 1, T, T)
 
@@ -148,8 +143,8 @@ def attention_mask(model, batch):
     window = config.get("sliding_window")
     if window is None:
         return additive(visible)
-    distance = batch.position_ids[:, :, None] - batch.position_ids[:, None, :]  # (R, T, T)
-    near = additive(visible & (distance < window))
+    position = batch.position_ids  # (R, T)
+    near = additive(visible & (position[:, :, None] - window < position[:, None, :]))
     if not config.get("layer_types"):
         return near
     return {"full_attention": additive(visible), "sliding_attention": near}
@@ -177,8 +172,7 @@ class TokenLogps(torch.autograd.Function):
 
         d log pi(t) / d logits = onehot(t) - softmax(logits)
 
-    The head's own gradient is added into weight.grad chunk by chunk. Where weights and hidden
-    states share a dtype, no second tensor of the head's size is built.
+    The head's own gradient (V, D) grows chunk by chunk, in the head's dtype.
     """
 
     @staticmethod
@@ -194,12 +188,10 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logps):
         hidden, weight, bias, targets, log_totals = ctx.saved_tensors
-        head = weight.to(hidden.dtype)  # (V, D)
         grad_hidden = torch.empty_like(hidden)  # (N, D)
+        grad_weight = torch.zeros_like(weight) if weight.requires_grad else None  # (V, D)
         grad_bias = None if bias is None else torch.zeros_like(bias)  # (V,)
-        if weight.requires_grad and weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        for chunk, logits in logits_in_chunks(hidden, head, bias, ctx.scale, ctx.cap):
+        for chunk, logits in logits_in_chunks(hidden, weight, bias, ctx.scale, ctx.cap):
             slope = 1 - (logits / ctx.cap) ** 2 if ctx.cap else None  # of cap * tanh(x / cap)
             # -softmax + onehot, written over the logits
             grad = logits.sub_(log_totals[chunk, None]).exp_().mul_(-grad_logps[chunk, None])
@@ -209,14 +201,12 @@ class TokenLogps(torch.autograd.Function):
             if ctx.scale != 1:
                 grad *= ctx.scale
             grad = grad.to(hidden.dtype)
-            grad_hidden[chunk] = grad @ head
-            if bias is not None:
+            grad_hidden[chunk] = grad @ weight
+            if grad_weight is not None:
+                grad_weight.addmm_(grad.T, hidden[chunk])
+            if grad_bias is not None:
                 grad_bias += grad.sum(0)
-            if weight.requires_grad and weight.dtype == hidden.dtype:
-                weight.grad.addmm_(grad.T, hidden[chunk])
-            elif weight.requires_grad:
-                weight.grad += grad.T @ hidden[chunk]
-        return grad_hidden, None, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 # Bytes of one chunk's logits. On a CPU small chunks stay in its caches.
@@ -225,8 +215,6 @@ HEAD_BYTES = {"cpu": 2**25, "cuda": 2**28, "mps": 2**28}
 
 def logits_in_chunks(hidden, weight, bias, scale, cap):
     """Yield (slice of the N tokens, their logits (n, V) float32), HEAD_BYTES at a time."""
-    weight = weight.to(hidden.dtype)
-    bias = None if bias is None else bias.to(hidden.dtype)
     size = max(1, HEAD_BYTES[hidden.device.type] // (4 * len(weight)))
     for start in range(0, len(hidden), size):
         chunk = slice(start, start + size)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import infra.distributed as dist
 from data import (batch_tokens, check_judges, collate, count_chosen, count_tokens, encode_prompt,
-                  epoch_order, load_pairs, longest_row, micro_batches, send, split_train_val,
+                  epoch_order, load_pairs, longest_row, micro_batches, split_train_val,
                   template_note)
 from infra import checkpoint, models, selfcheck
 from infra.audit import log_pairs
@@ -34,8 +34,8 @@ from infra.generate import generate
 from infra.lora import add_lora, without_lora
 from infra.plots import draw_curves, have_matplotlib
 from infra.rounding import Masters
-from infra.runlog import (TABLE_HEAD, SampleAnswers, peak_memory_mib, print_grid, print_plan,
-                          table_line)
+from infra.runlog import (TABLE_HEAD, SampleAnswers, StagePeaks, compile_note, peak_memory_mib,
+                          print_grid, print_plan, table_line)
 from rdpo import (ReferenceCache, plain_sequence_logps, preference_probability, rdpo_loss,
                   sequence_key, sequence_logps)
 
@@ -100,10 +100,9 @@ def forward(policy, data, indices, args, pair_count, chosen_tokens):
     first pair and drops it: see data.micro_batches.
     """
     batch = collate([data.pairs[i] for i in indices or [0]], data.share_prefix)
-    with autocast(args):
-        logps = policy_logps(policy, batch.to(policy.device))  # (2B,)
+    logps = policy_logps(policy, batch.to(policy.device))  # (2B,)
     chosen_logps, rejected_logps = logps.view(2, -1)[:, :len(indices)]  # (B,) each
-    ref_chosen_logps, ref_rejected_logps, tau, score_gaps = send(
+    ref_chosen_logps, ref_rejected_logps, tau, score_gaps = dist.send(
         data.columns[:, indices], policy.device)  # (B,) each
     losses, chosen_rewards, rejected_rewards = rdpo_loss(
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, tau, args.beta)
@@ -122,6 +121,19 @@ def forward(policy, data, indices, args, pair_count, chosen_tokens):
                               rejected_logps - ref_rejected_logps], 1)  # (B, 2)
     return loss, torch.stack(sums), {data.pairs[i].where: ratios
                                      for i, ratios in zip(indices, log_ratios)}
+
+
+def accumulate_gradients(policy, data, args, scaler):
+    """Forward and backward of one step's Dataset: (sums of METRICS, {pair: log-ratios})."""
+    pair_count, chosen_tokens = len(data.pairs), count_chosen(data.pairs)
+    sums, log_ratios = torch.zeros(len(METRICS), device=policy.device), {}
+    for indices in rank_batches(data.pairs, range(pair_count), data.share_prefix, args):
+        loss, batch_sums, ratios = forward(policy, data, indices, args, pair_count, chosen_tokens)
+        # FSDP averages gradients over ranks; gradient_ranks turns that into a sum.
+        scaler.scale(loss * dist.gradient_ranks(policy)).backward()
+        sums += batch_sums
+        log_ratios |= ratios
+    return sums, log_ratios
 
 
 def mean_metrics(sums, pair_count):
@@ -158,11 +170,6 @@ def policy_logps(policy, batch):
     if dist.is_sharded(policy):
         return policy.sequence_logps(batch)
     return sequence_logps(policy, batch)
-
-
-def autocast(args):
-    dtype = getattr(torch, args.dtype)
-    return torch.autocast(args.device, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def rank_batches(pairs, indices, share_prefix, args):
@@ -203,8 +210,7 @@ def make_dataset(policy, pairs, share_prefix, cache, args):
         for indices in tqdm(batches[::-1], "reference", disable=dist.rank() > 0 or None,
                             leave=False):
             batch = collate([pairs[i] for i in indices or [0]], share_prefix)
-            with autocast(args):
-                logps = policy_logps(policy, batch.to(policy.device)).view(2, -1).T  # (B, 2)
+            logps = policy_logps(policy, batch.to(policy.device)).view(2, -1).T  # (B, 2)
             for i, both in dist.all_gather(list(zip(indices, logps.tolist()))):
                 selfcheck.check_finite(torch.tensor(both), pairs[i].where)
                 if i in again:
@@ -241,10 +247,9 @@ def choose_layout(policy, pairs, args):
         batch = collate(tried, share_prefix, rows=[[0, 1]])
         return policy_logps(policy, batch.to(policy.device))  # (4,)
 
-    with autocast(args):
-        works, reason = dist.broadcast(selfcheck.can_share_prefix(
-            tried, policy.name_or_path, lambda: plain_sequence_logps(policy, tried), fast_logps,
-            getattr(torch, args.dtype)))
+    works, reason = dist.broadcast(selfcheck.can_share_prefix(
+        tried, policy.name_or_path, lambda: plain_sequence_logps(policy, tried), fast_logps,
+        getattr(torch, args.dtype)))
     if not works:
         print(f"layout: one answer per row; the model cannot read several in one ({reason})")
     return works
@@ -283,6 +288,9 @@ def train_student(args, device, dtype):
     if args.compile:
         policy.base_model.compile(dynamic=True)  # few graphs for all shapes of batches
 
+    peaks = StagePeaks(device)
+    peaks.end("start")
+
     # Reference: the policy before its first step; with LoRA, the policy without its adapters.
     reference_began = time.monotonic()
     with without_lora(policy):
@@ -299,6 +307,8 @@ def train_student(args, device, dtype):
         place(policy, args, device, dtype)
         if args.compile:
             policy.base_model.compile(dynamic=True)
+
+    peaks.end("reference")
 
     # Optimizer: AdamW on the float32 masters. The gradient scaler acts under float16 only.
     masters = Masters(policy, dtype, args.seed)
@@ -339,18 +349,8 @@ def train_student(args, device, dtype):
         epoch, n = divmod(step, steps_per_epoch)
         order = epoch_order(len(train_pairs), args.seed, epoch)
         indices = order[n * args.batch_size:(n + 1) * args.batch_size]
-        step_pairs = [train_pairs[i] for i in indices]
-        chosen_tokens = count_chosen(step_pairs)
-
-        # Forward and backward, one micro-batch at a time.
-        sums, log_ratios = torch.zeros(len(METRICS), device=device), {}
-        for batch in rank_batches(train_pairs, indices, share_prefix, args):
-            loss, batch_sums, ratios = forward(policy, train, batch, args, len(indices),
-                                               chosen_tokens)
-            # FSDP averages gradients over ranks; gradient_ranks turns that into a sum.
-            scaler.scale(loss * dist.gradient_ranks(policy)).backward()
-            sums += batch_sums
-            log_ratios |= ratios
+        step_data = train.part(indices)
+        sums, log_ratios = accumulate_gradients(policy, step_data, args, scaler)
         masters.collect_gradients()
         dist.sum_gradients(flat_gradients)
         log_ratios = dist.gather_rows(log_ratios)
@@ -376,9 +376,9 @@ def train_student(args, device, dtype):
         metrics_file.log(
             step=done, epoch=done / steps_per_epoch, **metrics,
             grad_norm=grad_norm if math.isfinite(grad_norm) else None, lr=lr,
-            step_seconds=time.monotonic() - step_began, tokens=count_tokens(step_pairs),
+            step_seconds=time.monotonic() - step_began, tokens=count_tokens(step_data.pairs),
             peak_memory_mib=peak_memory_mib(device))
-        log_pairs(audit_file, done, "training", train.part(indices), log_ratios, args)
+        log_pairs(audit_file, done, "training", step_data, log_ratios, args)
         progress.update()
         if done % eval_every == 0 or done == total_steps:
             val_metrics, val_ratios = evaluate(policy, val, args)
@@ -402,7 +402,9 @@ def train_student(args, device, dtype):
 
     # Export: a Hugging Face folder that transformers, vLLM and llama.cpp load, or an adapter.
     answers_after = sample_answers(policy, tokenizer, samples.prompts, args)
+    peaks.end("training")
     changed = checkpoint.export(policy, masters, tokenizer, saved_dtype, weights_before, args)
+    peaks.end("export")
     is_writer = dist.rank() == 0
     dist.cleanup()
     if not is_writer:
@@ -414,25 +416,25 @@ def train_student(args, device, dtype):
     if not args.save_adapter and not args.skip_saved_check:
         del policy, masters, optimizer, flat_gradients  # room for the saved student
         as_saved = check_saved(val, val_metrics, args)
+        peaks.end("check")
     write_card(args, tokenizer, train_pairs, val_pairs, as_saved)
+    print(peaks.line() + (compile_note() if args.compile else ""), end="")
     print(f"{changed} in {args.out_dir} after {time.monotonic() - began:.0f} s")
 
 
 def load_policy(name, args, dtype):
-    """(model, dtype to save it in, sample of its stored weights). It stays in eval mode.
+    """(model in dtype, dtype to save it in, sample of its stored weights).
 
-    Dropout would add noise to the log-ratios. Weights that are trained become float32.
+    It stays in eval mode: dropout would add noise to the log-ratios. What rounding to dtype
+    changes is changed in policy and reference alike, so that they are equal at step 0.
     """
     policy = models.load_model(name, dtype="auto")
     saved_dtype = policy.dtype if args.save_dtype == "auto" else getattr(torch, args.save_dtype)
     weights_before = models.sample_weights(dict(policy.named_parameters()))
-    if not args.lora_rank and dtype != torch.float32 and policy.dtype != dtype:
+    if dtype != torch.float32 and policy.dtype != dtype:
         print(f"student: stored in {str(policy.dtype)[6:]}, rounded to {args.dtype} first")
-        models.cast_weights(policy, dtype)  # so that policy and reference are equal at step 0
-    # Frozen 16-bit weights stay as stored under autocast. FSDP casts layer by layer.
-    to_float32 = dtype == torch.float32 if args.lora_rank else not args.fsdp
-    if to_float32:
-        models.cast_weights(policy, torch.float32)
+    if not args.fsdp or dtype != torch.float32:  # FSDP makes float32 layer by layer
+        models.cast_weights(policy, dtype)
     return policy, saved_dtype, weights_before
 
 
@@ -456,9 +458,9 @@ def check_saved(val, trained, args):
     evaluates alone: the other ranks have left. Warns if it moved by a tenth, and by 0.05 nats.
     """
     student = models.load_model(args.out_dir, dtype="auto")
-    if student.dtype == torch.float32:  # autocast would round it to nearest
-        args = argparse.Namespace(**vars(args) | {"dtype": "float32"})
-    models.cast_weights(student.to(args.device), torch.float32)
+    # Wide enough to round nothing, and no wider: in 16 bits it fits where it was trained.
+    models.cast_weights(student, torch.promote_types(student.dtype, getattr(torch, args.dtype)))
+    student.to(args.device if models.fits(student, args.device) else "cpu")
     saved = evaluate(student, val, args)[0]["eval/rewards/margins"] / args.beta
     trained = trained["eval/rewards/margins"] / args.beta
     line = f"as saved: margin {saved:.2f} of {trained:.2f} (validation pairs, nats, before beta)"
@@ -513,7 +515,7 @@ def sample_answers(policy, tokenizer, prompts, args):
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     # Generation would compile a graph per length.
     eager = torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
-    with autocast(args), eager:
+    with eager:
         return [answer.text for answer in generate(policy, tokenizer, ids, args.max_new_tokens)]
 
 
@@ -580,7 +582,7 @@ def get_args(argv=None):
     add("--compile", action="store_true", help="torch.compile the model")
     add("--fsdp", action="store_true", help="under torchrun: shard weights over the ranks")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-        help="compute dtype; trained weights stay float32")
+        help="compute dtype; AdamW updates float32 masters")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     add("--cache_dir", type=path, default="~/.cache/rdpo",
         help="reference log-probabilities of all runs")

@@ -72,8 +72,8 @@ OLD_WAY = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import infra.checkpoint, infra.rounding, train
-def nearest(weight, dtype, *seed, start=0):
-    return weight.to(dtype).float()
+def nearest(weight, dtype, *seed, start=0, out=None):
+    return weight.to(dtype) if out is None else out.copy_(weight.to(dtype))
 infra.checkpoint.stochastic_round = infra.rounding.stochastic_round = nearest
 train.main(sys.argv[2:])
 """

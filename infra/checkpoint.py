@@ -236,9 +236,10 @@ def student_weights(policy, masters, dtype, seed):
             continue
         if name not in buffers and not tensor.abs().max() <= torch.finfo(dtype).max:  # or nan
             too_large.append(name)
-        if name not in buffers and dtype in DROPPED_BITS:
+        if name not in buffers and dtype in DROPPED_BITS and tensor.dtype != dtype:
             tensor = stochastic_round(tensor.float(), dtype, seed, "save", name)
-        student[name] = tensor.to("cpu", None if name in buffers else dtype)
+        # Copied, because Masters' weights are views of one tensor, which safetensors refuses.
+        student[name] = tensor.to("cpu", None if name in buffers else dtype, copy=True)
     refuse("--save_dtype", (  # on every rank: FSDP's others have no weights to look at
         names := dist.broadcast(too_large),
         f"{str(dtype)[6:]} cannot hold the weights of {', '.join(names[:3])}; the same command "

@@ -6,6 +6,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import BaseStreamer
 
+from infra.distributed import send
 from infra.models import position_limit
 
 
@@ -93,7 +94,7 @@ def generate(model, tokenizer, prompt_ids, max_new_tokens, temperature=0.0, seed
         mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])  # (B, T)
         noise = [GumbelNoise(temperature, [seeds[i] for i in batch], model.device)]
         output = model.generate(
-            input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device),
+            input_ids=send(input_ids, model.device), attention_mask=send(mask, model.device),
             generation_config=config, synced_gpus=isinstance(model, FSDPModule),
             streamer=TextPieces(tokenizer, show) if show else None,
             logits_processor=LogitsProcessorList(noise if temperature else []))  # (B, T + T_new)

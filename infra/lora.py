@@ -28,16 +28,16 @@ from infra.rows import read_object
 class LoRALinear(nn.Module):
     """A frozen nn.Linear with an adapter beside it: (..., in) -> (..., out).
 
-    A and B are float32 whatever the base's dtype is. Run a 16-bit base under autocast.
+    A and B have the base's dtype. In 16 bits they learn from float32 masters: see rounding.py.
     """
 
     def __init__(self, base, rank, alpha):
         super().__init__()
         self.base, self.rank, self.alpha, self.enabled = base, rank, alpha, True
-        options = {"dtype": torch.float32, "device": base.weight.device}
-        self.A = nn.Parameter(torch.empty(rank, base.in_features, **options))  # (rank, in)
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **options))  # (out, rank)
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as nn.Linear does
+        A = torch.empty(rank, base.in_features, device=base.weight.device)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as nn.Linear does; the same in every dtype
+        self.A = nn.Parameter(A.to(base.weight.dtype))  # (rank, in)
+        self.B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))  # (out, rank)
 
     def forward(self, x):  # (..., in)
         if not self.enabled:
@@ -106,7 +106,7 @@ def merged(model, weights):
             name = f"{owner}.{part}"
         if layer and part == "weight":
             A, B = weights[f"{owner}.A"], weights[f"{owner}.B"]  # (rank, in), (out, rank)
-            tensor = tensor.float() + layer.alpha / layer.rank * B @ A  # (out, in)
+            tensor = tensor.float() + layer.alpha / layer.rank * B.float() @ A.float()  # (out, in)
         yield name, tensor
 
 
@@ -147,8 +147,8 @@ def save_adapter(model, weights, folder, base_name):
 def load_adapter(folder, dtype):
     """The base model that an adapter's folder names, in dtype, with that adapter, not merged.
 
-    A and B take the base's dtype, so that no autocast is needed; a merged 16-bit weight would
-    lose small changes. BadInput unless save_adapter wrote the folder.
+    Not merged, because a 16-bit weight would lose small changes. BadInput unless save_adapter
+    wrote the folder.
     """
     path = os.path.join(folder, CONFIG)
     config = read_object(path, "the folder of an adapter")

@@ -92,6 +92,14 @@ def cast_weights(model, dtype):
         weight.data = weight.data.to(dtype)
 
 
+def fits(model, device):
+    """Whether a model on the CPU leaves a quarter of the device's free memory to its activations."""
+    if device != "cuda":
+        return True
+    torch.cuda.empty_cache()
+    return sum(weight.nbytes for weight in model.parameters()) < 0.75 * torch.cuda.mem_get_info()[0]
+
+
 def sample_weights(weights):
     """{name: at most 1,000 evenly spaced values}, copied, of {name: tensor}."""
     return {name: weight.detach().flatten()[::math.ceil(weight.numel() / 1000)].cpu().clone()
@@ -119,4 +127,5 @@ def checkpoint_layers(model):
     transformers' own switch needs training mode, which would turn dropout on.
     """
     for layer in decoder_layers(model, "--gradient_checkpointing"):
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False,
+                                          preserve_rng_state=False)  # nothing draws numbers

@@ -6,7 +6,10 @@ saved file. Stochastic rounding goes to the upper neighbour with the probability
 between the two. The expectation of every weight is exact, and over millions of weights the sum is
 what counts. docs/sixteen_bits.md draws it.
 """
+import functools
 import hashlib
+import itertools
+import shutil
 
 import torch
 import torch.nn as nn
@@ -14,32 +17,53 @@ import torch.nn as nn
 import infra.distributed as dist
 
 DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of float32's 23 bits of mantissa
-CHUNK = {"cpu": 2**18, "cuda": 2**26, "mps": 2**24}  # weights at a time: bounds the temporaries
+CHUNK = {"cpu": 2**18, "cuda": 2**22, "mps": 2**22}  # weights at a time: bounds the temporaries
 
 
-def stochastic_round(weight, dtype, *seed, start=0):
-    """A float32 tensor with each value rounded to a neighbour on dtype's grid, still float32.
+def stochastic_round(weight, dtype, *seed, start=0, out=None):
+    """A float32 tensor in dtype, each value one of its two neighbours there, written to out or new.
 
     Unbiased: the mean over many seeds is the weight. Values on the grid, inf and nan stay. An
     element's bits follow from `seed` and its index, counted from `start`: a resumed run, every
-    rank and every shard of a weight draw the same.
+    rank and every shard of a weight draw the same, on a CPU and on a GPU.
     """
     key = int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:4], "little", signed=True)
-    flat, rounded = weight.flatten(), torch.empty(weight.shape, device=weight.device)
-    size = CHUNK[weight.device.type]
-    for i in range(0, len(flat), size):
-        x = flat[i:i + size]
-        noise = random_bits(start + i, len(x), key, x.device)
-        rounded.view(-1)[i:i + size] = round_by(x, noise, dtype)
-    return rounded
+    # As tensors, so that one compiled function serves all steps and shards.
+    key = torch.full((), key, dtype=torch.int32, device=weight.device)
+    start = torch.full((), start, dtype=torch.int64, device=weight.device)
+    out = torch.empty_like(weight, dtype=dtype) if out is None else out
+    x, rounded = weight.flatten(), out.view(-1)  # (n,) each
+    if worth_compiling(x):
+        compiled_round_into()(rounded, x, start, key, dtype)
+        return out
+    size = CHUNK[x.device.type]
+    for i in range(0, len(x), size):
+        round_into(rounded[i:i + size], x[i:i + size], start + i, key, dtype)
+    return out
 
 
-def random_bits(start, count, key, device):
+def worth_compiling(x):
+    """Whether a GPU's some 30 passes over x cost more than compiling one, which needs C."""
+    return x.is_cuda and len(x) > 2**25 and any(map(shutil.which, ("gcc", "clang")))
+
+
+@functools.cache
+def compiled_round_into():
+    return torch.compile(round_into, dynamic=True)
+
+
+def round_into(rounded, x, start, key, dtype):
+    """Write float32 x (n,) on the grid of dtype to rounded (n,). Element start + i has own bits."""
+    rounded.copy_(round_by(x, random_bits(start, len(x), key), dtype))
+
+
+def random_bits(start, count, key):
     """32 random bits (count,) int32 for each index from start on: a hash of the index and a key.
 
-    The finalizer of MurmurHash3. int32 products wrap around; `&` makes the shifts unsigned.
+    start is an int64 and key an int32 tensor without dimensions. The finalizer of MurmurHash3:
+    int32 products wrap around; `&` makes the shifts unsigned.
     """
-    h = torch.arange(start, start + count, dtype=torch.int64, device=device).to(torch.int32)
+    h = (torch.arange(count, device=start.device) + start).to(torch.int32)
     h = h * -1640531535 + key  # 0x9E3779B1
     h = (h ^ (h >> 16 & 0xFFFF)) * -2048144789  # 0x85EBCA6B
     h = (h ^ (h >> 13 & 0x7FFFF)) * -1028477387  # 0xC2B2AE35
@@ -62,50 +86,67 @@ def round_by(x, noise, dtype):
 class Masters(nn.Module):
     """The float32 weights that the optimizer updates.
 
-    Under float32 they are the model's own. Under a 16-bit compute dtype the model holds copies,
-    which `round` makes once per step:
+    Under float32 they are the model's own. Under a 16-bit compute dtype the model holds real
+    16-bit copies, which `round` makes once per step. A hook adds each copy's gradient to its
+    master's, in float32.
 
-    - The decoder's linear layers, most of a model, hold real 16-bit weights, so that autocast
-      casts nothing. A hook adds their gradients to the masters' in float32.
-    - Other weights (embeddings, norms, head, adapters, FSDP's shards) stay float32 tensors with
-      values on the 16-bit grid. Autocast computes with some of them in float32, and sums the
-      gradients of all of them in float32.
+    All masters are views of one tensor, all copies of another: rounding is one pass over them.
+    Under FSDP each shard is a tensor of its own, and copies are float32 with values on the 16-bit
+    grid, which FSDP casts without loss.
     """
 
     def __init__(self, model, dtype, seed):
         super().__init__()
-        self.dtype, self.seed, self.pairs = dtype, seed, []  # (name, master, copy)
-        linear = {module.weight for module in model.base_model.modules()
-                  if isinstance(module, nn.Linear) and not dist.is_sharded(model)}
-        for name, weight in model.named_parameters():
-            if not weight.requires_grad:
-                continue
-            master = weight
-            if dtype != torch.float32:
-                master = nn.Parameter(weight.detach().clone())
-                self.pairs.append((name, master, weight))
-                if weight in linear:
-                    weight.data = weight.data.to(dtype)
-                    weight.register_post_accumulate_grad_hook(
-                        lambda copy, master=master: move_gradient(copy, master))
+        self.dtype, self.seed = dtype, seed
+        self.pairs = []  # (master, copy) of each weight
+        self.flat = []  # (masters (n,), copies (n,), index of the first among all trained weights)
+        weights = {name: weight for name, weight in model.named_parameters()
+                   if weight.requires_grad}
+        if dtype != torch.float32:
+            split = self.split_shards if dist.is_sharded(model) else self.split
+            self.pairs = list(zip(split(list(weights.values())), weights.values()))
+        masters = [master for master, _ in self.pairs] or weights.values()
+        for name, master in zip(weights, masters):
             self.register_parameter(name.replace(".", "/"), master)
 
+    @torch.no_grad()
+    def split(self, weights):
+        """Master parameters of the weights, which become their copies."""
+        sizes = [weight.numel() for weight in weights]
+        copies = torch.empty(sum(sizes), dtype=self.dtype, device=weights[0].device)  # (n,)
+        masters = torch.empty_like(copies, dtype=torch.float32)  # (n,)
+        self.flat.append((masters, copies, 0))
+        parameters = []
+        for weight, master, copy in zip(weights, masters.split(sizes), copies.split(sizes)):
+            parameters.append(nn.Parameter(master.view_as(weight).copy_(weight)))
+            weight.data = copy.view_as(weight).copy_(weight)
+            weight.register_post_accumulate_grad_hook(
+                functools.partial(move_gradient, parameters[-1]))
+        return parameters
+
+    def split_shards(self, weights):
+        """The same for FSDP's shards. Their gradients come late: see collect_gradients."""
+        starts = itertools.accumulate((weight.numel() for weight in weights), initial=0)
+        parameters = [nn.Parameter(weight.detach().clone()) for weight in weights]
+        for parameter, weight, start in zip(parameters, weights, starts):
+            (master, first), (copy, _) = map(dist.local_shard, (parameter, weight))
+            self.flat.append((master.view(-1), copy.view(-1), start + first))
+        return parameters
+
     def collect_gradients(self):
-        """Move the gradients that no hook has moved. Call it after the last backward pass."""
-        for _, master, copy in self.pairs:
+        """Move the gradients that no hook has moved, after the last backward pass: FSDP's."""
+        for master, copy in self.pairs:
             if copy.grad is not None:
-                move_gradient(copy, master)
+                move_gradient(master, copy)
 
     @torch.no_grad()
     def round(self, step):
         """Set the model's weights to rounded copies of the masters, with new bits per step."""
-        for name, master, copy in self.pairs:
-            local, start = dist.local_shard(master)
-            rounded = stochastic_round(local, self.dtype, self.seed, step, name, start=start)
-            dist.local_shard(copy)[0].copy_(rounded)
+        for masters, copies, start in self.flat:
+            stochastic_round(masters, self.dtype, self.seed, step, start=start, out=copies)
 
 
-def move_gradient(copy, master):
+def move_gradient(master, copy):
     if master.grad is None:
         master.grad = copy.grad.float()
     else:

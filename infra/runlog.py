@@ -102,3 +102,26 @@ def peak_memory_mib(device):
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+class StagePeaks:
+    """The GPU's peak memory in each stage of a run; nothing on other devices."""
+
+    def __init__(self, device):
+        self.device, self.gigabytes = device, {}
+
+    def end(self, stage):
+        if self.device.type == "cuda":
+            self.gigabytes[stage] = torch.cuda.max_memory_allocated() / 1e9
+            torch.cuda.reset_peak_memory_stats()
+
+    def line(self):
+        peaks = ", ".join(f"{stage} {peak:.2f}" for stage, peak in self.gigabytes.items())
+        return f"peak memory, GB: {peaks}\n" if peaks else ""
+
+
+def compile_note():
+    """A line if torch.compile met its limit of graphs, after which it leaves code uncompiled."""
+    limits = [reason for reason in torch._dynamo.utils.counters["unimplemented"]
+              if "recompile limit" in reason.lower()]
+    return "compile: met the limit of graphs; later shapes ran uncompiled\n" if limits else ""
