@@ -433,8 +433,8 @@ def load_policy(name, args, dtype):
     weights_before = models.sample_weights(dict(policy.named_parameters()))
     if dtype != torch.float32 and policy.dtype != dtype:
         print(f"student: stored in {str(policy.dtype)[6:]}, rounded to {args.dtype} first")
-    if not args.fsdp or dtype != torch.float32:  # FSDP makes float32 layer by layer
-        models.cast_weights(policy, dtype)
+    if dtype != torch.float32 or args.lora_rank or not args.fsdp:
+        models.cast_weights(policy, dtype)  # else FSDP makes them float32, layer by layer
     return policy, saved_dtype, weights_before
 
 

@@ -185,16 +185,16 @@ def full_tensor(tensor):
 def shard(model, layers, device, dtype, forward):
     """Shard a CPU model over the ranks' devices: one group per layer, one for the rest.
 
-    Trained weights are kept in float32 and gathered in dtype, the compute dtype, which frozen
-    ones have. They are converted layer by layer, so that a whole float32 copy never exists. FSDP gathers weights
+    Trained weights are kept in float32 and gathered in dtype, the compute dtype. They are
+    converted layer by layer, so that a whole float32 copy never exists. FSDP gathers weights
     around forward methods only; forward(model, batch) becomes one, as model.sequence_logps.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in (*layers, model):
         for weight in module.parameters():
-            if not isinstance(weight, DTensor):
-                weight.data = weight.data.to(torch.float32 if weight.requires_grad else dtype)
+            if weight.requires_grad and not isinstance(weight, DTensor):
+                weight.data = weight.data.float()
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     model.sequence_logps = types.MethodType(forward, model)
     register_fsdp_forward_method(model, "sequence_logps")

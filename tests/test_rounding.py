@@ -18,13 +18,15 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 
 def draws(x, dtype, count=10_000):
-    """(count, n): x rounded with many seeds."""
-    return torch.stack([stochastic_round(x, dtype, 0, seed) for seed in range(count)])
+    """(count, n) float32: x rounded with many seeds."""
+    rounded = torch.stack([stochastic_round(x, dtype, 0, seed) for seed in range(count)])
+    assert rounded.dtype == dtype
+    return rounded.float()
 
 
-def nearest(weight, dtype, *seed, start=0):
+def nearest(weight, dtype, *seed, start=0, out=None):
     """What other trainers do: the negative control."""
-    return weight.to(dtype).float()
+    return weight.to(dtype) if out is None else out.copy_(weight)
 
 
 # ------------------------------------------------------------------------------------- the rounding
@@ -35,7 +37,6 @@ def test_rounding_is_unbiased_value_by_value(dtype):
     x = torch.tensor([0.05, -0.05, 1e-3, -7e-4, 3.001, 6.1e-6, -6.1e-6, 1.7e-7, 1000.3])
     x = x if dtype == torch.float16 else torch.cat([x, torch.tensor([1e-40, -3e-39, 1e30])])
     rounded = draws(x, dtype)  # (10000, n)
-    assert torch.equal(rounded.to(dtype).float(), rounded)  # on the grid
     assert all(len(column.unique()) == 2 for column in rounded.T)  # the two neighbours
     below, above = rounded.double().amin(0), rounded.double().amax(0)
     share = (x - below) / (above - below)  # of draws that go up
@@ -49,9 +50,9 @@ def test_rounding_is_unbiased_value_by_value(dtype):
 def test_values_on_the_grid_stay_to_the_bit_and_nothing_overflows(dtype):
     values = torch.arange(-2**15, 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
     finite = values[values.isfinite()]
-    assert torch.equal(stochastic_round(finite, dtype, 1), finite)
+    assert torch.equal(stochastic_round(finite, dtype, 1).float(), finite)
     odd = torch.tensor([float("inf"), -float("inf"), float("nan")])
-    assert torch.equal(stochastic_round(odd, dtype, 1).nan_to_num(7), odd.nan_to_num(7))
+    assert str(stochastic_round(odd, dtype, 1).tolist()) == str(odd.tolist())
     top = torch.finfo(dtype).max
     above = torch.tensor([top, -top]) * (1 + torch.finfo(dtype).eps / 4)
     assert above.isfinite().all() and draws(above, dtype, 100).abs().unique().tolist() == [top]
@@ -68,6 +69,9 @@ def test_bits_follow_from_seed_and_index_alone(monkeypatch):
     parts = [stochastic_round(x[a:b], torch.bfloat16, 0, 3, "name", start=a)
              for a, b in ((0, 1), (1, 1234), (1234, 5000))]
     assert torch.equal(torch.cat(parts), whole)  # shards draw what one process draws
+    on_grid = torch.zeros(5000)  # FSDP's copies are float32
+    assert stochastic_round(x, torch.bfloat16, 0, 3, "name", out=on_grid) is on_grid
+    assert torch.equal(on_grid, whole.float())
     monkeypatch.setitem(rounding.CHUNK, "cpu", 77)
     assert torch.equal(stochastic_round(x, torch.bfloat16, 0, 3, "name"), whole)
     for seed in ((1, 3, "name"), (0, 4, "name"), (0, 3, "other")):
@@ -85,7 +89,8 @@ def test_bits_are_the_hash_that_they_say_they_are():
         h = (h ^ h >> 16) * 0x85EBCA6B & mask
         h = (h ^ h >> 13) * 0xC2B2AE35 & mask
         bits.append(h ^ h >> 16)
-    found = rounding.random_bits(1000, 100, key - (key >> 31 << 32), torch.device("cpu"))
+    found = rounding.random_bits(torch.tensor(1000), 100,
+                                 torch.tensor(key - (key >> 31 << 32), dtype=torch.int32))
     assert [bit & mask for bit in found.tolist()] == bits
     x = torch.linspace(1, 1.99, 100)  # bfloat16 has steps of 1/128 here, float32 of 2^-23
     expected = [math.floor(value * 2**23 + (bit & 0xFFFF)) >> 16 for value, bit in
@@ -97,38 +102,57 @@ def test_bits_are_the_hash_that_they_say_they_are():
 
 
 def gradients(model, masters, batch):
-    with torch.autocast("cpu", torch.bfloat16):
-        logps = sequence_logps(model, batch)
-    for part in logps.split(5):  # several backward passes, as micro-batches have
+    """{name: gradient of the masters} of several backward passes, as micro-batches have."""
+    logps = sequence_logps(model, batch)
+    for part in logps.split(5):
         (part * torch.arange(len(part))).sum().backward(retain_graph=True)
     masters.collect_gradients()
     return {name: master.grad for name, master in masters.named_parameters()}
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2"])
-def test_a_16_bit_student_computes_as_autocast_of_float32_does(name):
-    """The copies are the student itself at step 0: equal values and gradients, to the bit."""
+def test_gradients_of_16_bit_copies_reach_float32_masters(name, dtype):
     batch = collate(random_pairs(5))
-    plain, model = tiny_model(name).bfloat16().float(), tiny_model(name).bfloat16().float()
-    masters = Masters(model, torch.bfloat16, seed=0)
+    plain, model = tiny_model(name).to(dtype).float(), tiny_model(name).to(dtype)
+    masters = Masters(model, dtype, seed=0)
     right = gradients(plain, Masters(plain, torch.float32, seed=0), batch)
-    assert {weight.dtype for weight in model.parameters()} == (
-        {torch.float32} if name == "gpt2" else {torch.float32, torch.bfloat16})
+    assert {weight.dtype for weight in model.parameters()} == {dtype}
+    assert len({weight.untyped_storage().data_ptr() for weight in model.parameters()}) == 1
     found = gradients(model, masters, batch)
     assert found.keys() == right.keys()
+    close = 1 - 4 * torch.finfo(dtype).eps
     for key, gradient in right.items():
         assert found[key].dtype == torch.float32
-        assert torch.allclose(found[key], gradient, rtol=1e-6, atol=1e-6), key
+        if gradient.abs().max() > 1e-3:  # the bias of GPT-2's keys has none
+            assert similarity(found[key], gradient) > close, key
     assert all(weight.grad is None for weight in model.parameters())
     # Control: rounded copies of other masters give other gradients.
     with torch.no_grad():
         for master in masters.parameters():
-            master += 1e-3 * torch.randn_like(master)
+            master += 0.1 * torch.randn_like(master)
     masters.round(1)
     masters.zero_grad()
     other = gradients(model, masters, batch)
-    assert not any(torch.allclose(other[key], right[key], rtol=1e-3) for key in right
-                   if right[key].any())
+    assert not any(similarity(other[key], right[key]) > close for key in right
+                   if right[key].abs().max() > 1e-3)
+
+
+def similarity(a, b):
+    """The cosine of two gradients."""
+    return (a.double() * b).sum() / (a.double().norm() * b.double().norm())
+
+
+def test_gradients_are_added_in_float32():
+    """Of 256 micro-batches the last would be lost in bfloat16: 1 + 1/256 is 1 there."""
+    layer = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    model = tiny_model().bfloat16()
+    model.model.layers[0].self_attn.q_proj = layer
+    masters = Masters(model, torch.bfloat16, seed=0)
+    [master] = [master for master, copy in masters.pairs if copy is layer.weight]
+    for factor in [1.0] + 256 * [1 / 256]:
+        (layer.weight * factor).sum().backward()
+    assert master.grad.item() == 2
 
 
 def test_under_float32_the_masters_are_the_weights():
@@ -141,29 +165,33 @@ def test_under_float32_the_masters_are_the_weights():
 
 
 def test_a_shard_of_the_masters_is_rounded_as_the_whole(monkeypatch):
-    model = tiny_model()
+    """Under FSDP a rank has a part of each weight, and its copies are float32."""
+    model = tiny_model().bfloat16()
     masters = Masters(model, torch.bfloat16, seed=0)
     with torch.no_grad():
         for master in masters.parameters():
-            master += 1e-4 * torch.randn_like(master)
+            master += 1e-3 * torch.randn_like(master)
     masters.round(1)
-    whole = {name: weight.clone() for name, weight in model.named_parameters()}
     for half in (0, 1):
         def part(weight, half=half):
             middle = weight.numel() // 2
-            flat = weight.view(-1)
-            return flat[middle:] if half else flat[:middle], half * middle
+            return (weight.view(-1)[middle:] if half else weight.view(-1)[:middle]), half * middle
 
-        with torch.no_grad():
-            for weight in model.parameters():
-                part(weight)[0].zero_()
+        monkeypatch.setattr(rounding.dist, "is_sharded", lambda model: True)
         monkeypatch.setattr(rounding.dist, "local_shard", part)
-        masters.round(1)
-        assert all(torch.equal(whole[name], weight) for name, weight in model.named_parameters())
+        sharded = tiny_model().bfloat16().float()
+        before = {name: weight.clone() for name, weight in sharded.named_parameters()}
+        shards = Masters(sharded, torch.bfloat16, seed=0)
+        shards.load_state_dict(masters.state_dict())
+        shards.round(1)
+        for name, weight in model.named_parameters():
+            right, found = weight.float(), sharded.get_parameter(name)
+            assert torch.equal(part(found)[0], part(right)[0])
+            assert not torch.equal(found, right) and not torch.equal(found, before[name])
 
 
 def test_a_student_is_saved_from_the_masters_or_as_it_computed():
-    model = tiny_model("llama_tied").bfloat16().float()
+    model = tiny_model("llama_tied").bfloat16()
     masters = Masters(model, torch.bfloat16, seed=0)
     with torch.no_grad():
         for master in masters.parameters():
