@@ -24,7 +24,6 @@ import contextlib
 import copy
 import functools
 import gc
-import importlib.util
 import io
 import json
 import logging
@@ -36,7 +35,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import types
@@ -73,7 +71,7 @@ from infra.command import BadInput, first_line  # noqa: E402
 from infra.lora import add_lora  # noqa: E402
 from infra.rounding import Masters  # noqa: E402
 
-SHAPES = SHAPES | {"tiny": (64, 128, 2, 4, 2, 512, True)}
+SHAPES = SHAPES | {"tiny": (64, 128, 2, 4, 2, 1024, True)}
 TOY_ROWS = os.path.join(ROOT, "toy", "scored.jsonl")
 TRL_SCRIPT = os.path.join(ROOT, "bench", "trl_dpo.py")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -101,7 +99,7 @@ class Bench:
         self.cuda, self.tiny = args.device == "cuda", args.tiny
         self.results, self.wrong, self.failed = [], [], 0
         self.measured = {}  # name of a throughput case -> its figures
-        self.pool = ThreadPoolExecutor(2)  # for what needs the CPU only
+        self.pool = ThreadPoolExecutor(4)  # for what needs the CPU only
         self.head = ""
         os.makedirs(args.out_dir, exist_ok=True)
         self.work = tempfile.mkdtemp(prefix="gpu-bench-")
@@ -141,7 +139,8 @@ class Bench:
                 result = f"failed: {type(error).__name__}: {first_line(error)}"
         self.failed += result.startswith("failed")
         self.record(check, result, time.monotonic() - began, figures)
-        torch._dynamo.reset()
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
         self.free()
 
     def free(self):
@@ -622,8 +621,9 @@ def quiet_train(text):
 
 def run_flags(bench, name, device, *flags):
     steps = 3 if bench.tiny else 12
+    cache = "cache-cpu" if name.startswith("cpu-") else "cache"
     return ["--data", toy_rows(bench), "--device", device, "--out_dir", bench.path(name),
-            "--cache_dir", bench.path("cache"), "--max_steps", str(steps), "--eval_every", "100",
+            "--cache_dir", bench.path(cache), "--max_steps", str(steps), "--eval_every", "100",
             "--max_new_tokens", "2", "--tokens_per_batch", "2048", *map(str, flags)]
 
 
@@ -634,7 +634,7 @@ def toy_rows(bench):
         return TOY_ROWS
     with open(TOY_ROWS, encoding="utf-8") as source, open(bench.path("rows.jsonl"), "w",
                                                           encoding="utf-8") as rows:
-        rows.writelines(source.readlines()[:80])
+        rows.writelines(source.readlines()[:40])
     return rows.name
 
 
@@ -661,7 +661,7 @@ MODES = {  # name -> (flags, the float32 run on the CPU to compare with, largest
     "bf16 LoRA checkpointing": (["--dtype", "bfloat16", "--lora_rank", 8,
                                  "--gradient_checkpointing"], "lora", 0.03),
     "float32": (["--dtype", "float32"], "full", 0.01),
-    "fp16": (["--dtype", "float16"], "full", 0.03),
+    "fp16": (["--dtype", "float16"], "full", 0.06),  # its first step may be skipped
     "bf16 LoRA": (["--dtype", "bfloat16", "--lora_rank", 8], "lora", 0.03),
     "bf16 LoRA save_adapter": (["--dtype", "bfloat16", "--lora_rank", 8, "--save_adapter"],
                                "lora", 0.03),
@@ -674,7 +674,8 @@ def start_cpu_runs(bench):
     def run(name, *flags):
         command = [sys.executable, os.path.join(ROOT, "train.py"),
                    *run_flags(bench, f"cpu-{name}", "cpu", "--dtype", "float32", *flags)]
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(1 if bench.tiny else 4)}
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "",
+                                    "OMP_NUM_THREADS": "1" if bench.tiny else "4"}
         subprocess.run(command, check=True, capture_output=True, env=environment)
         return step_losses(bench.path(f"cpu-{name}"))
 
@@ -698,7 +699,10 @@ def check_mode(bench, mode):
     output, losses = run_train(bench, name, *flags)
     difference = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
     bench.expect(difference < bound, f"losses differ by {difference:.4f}")
-    bench.expect("warning" not in output, "a warning: " + output.partition("warning")[2][:200])
+    skipped = "skipped: its gradients overflow"  # the scale that float16 begins with is too high
+    warned = [line for line in output.split("\n")
+              if line.startswith("warning") and skipped not in line]
+    bench.expect(not warned, f"{warned}")
     saved = re.search(r"as saved: margin (\S+) of (\S+)", output)
     bench.expect(saved or "--save_adapter" in flags, "the saved student was not checked")
     figures = {"loss": f"{losses[0]:.4f} to {losses[-1]:.4f}",
@@ -711,6 +715,8 @@ def check_mode(bench, mode):
 def check_gate(bench):
     """A cached reference that is another model's must stop the run at step 0."""
     cache = bench.path("cache-wrong")
+    if not os.path.isdir(bench.path("cache")):
+        raise Skip("needs a run of train.py before it")
     shutil.copytree(bench.path("cache"), cache)
     for entry in os.scandir(cache):
         tensors = load_file(entry.path)
@@ -748,7 +754,7 @@ def check_resume(bench):
                    for name in states[0])
 
     figures = {}
-    for strict in (False, True):
+    for strict in (False,) if bench.tiny else (False, True):
         for dtype in ("bfloat16", "float32"):
             name = f"resume-{dtype}-{strict}"
             flags = "--dtype", dtype, "--max_steps", 6, "--skip_saved_check"
@@ -810,8 +816,7 @@ def check_compile(bench):
         seconds = time.monotonic() - began
         step = Step(policy, args, bench.device)
         step.backward(data)
-        logps = torch.stack([ratios[pair.where].cpu() if isinstance(ratios[pair.where], torch.Tensor)
-                             else torch.tensor(ratios[pair.where]) for pair in data.pairs])
+        logps = torch.tensor([list(map(float, ratios[pair.where])) for pair in data.pairs])  # (P, 2)
         results.append((logps.double(), torch.cat([master.grad.flatten().double().cpu()
                                                    for master in step.masters.parameters()])))
     train.evaluate(policy, data, args)
@@ -932,10 +937,10 @@ class Case(NamedTuple):
 
 
 FIRST_CASES = [Case("1b", 8192), Case("smollm2-135m", 8192),
-               Case("8b", 8192, 16, lora=True, checkpointing=True),
-               Case("8b", 8192, 16, lora=True),
-               Case("solar-10.7b", 16384, 16, lora=True, checkpointing=True)]
-LATER_CASES = [*(Case(shape, tokens) for shape in ("smollm2-135m", "1b") for tokens in (2048, 16384)),
+               Case("8b", 8192, lora=True, checkpointing=True), Case("8b", 8192, lora=True),
+               Case("solar-10.7b", 16384, 48, lora=True, checkpointing=True)]
+LATER_CASES = [*(Case(shape, tokens, max(32, tokens // 256))
+                 for shape in ("smollm2-135m", "1b") for tokens in (2048, 16384)),
                Case("smollm2-135m", 8192, compile=True), Case("1b", 8192, compile=True),
                *(Case("1b", 8192, head_power=power) for power in (26, 30)),
                Case("1b", 8192, equal=True),
@@ -945,7 +950,7 @@ TINY_CASES = [Case("tiny", 2048, 4), Case("tiny", 2048, 4, lora=True, checkpoint
 
 def case_seconds(case):
     """Of building and measuring it on an H100, roughly."""
-    return {"smollm2-135m": 8, "1b": 9, "8b": 14, "solar-10.7b": 18, "tiny": 2}[case.shape] \
+    return {"smollm2-135m": 12, "1b": 12, "8b": 18, "solar-10.7b": 25, "tiny": 2}[case.shape] \
         + 25 * case.compile
 
 
@@ -1013,7 +1018,7 @@ def measured_case(bench, case, pairs):
     vocab = step.model.config.vocab_size
     make = equal_pairs if case.equal else ragged_pairs
     shorter = dict(median=80, highest=200) if bench.tiny and not case.equal else {}
-    pairs = pairs or make(4 * case.pairs, vocab, **shorter)
+    pairs = pairs or make((2 if case.lora else 4) * case.pairs, vocab, **shorter)
     data = make_data(pairs, vocab)
     steps = [data.part(range(i, i + case.pairs)) for i in range(0, len(pairs), case.pairs)]
     warm = [timed(bench, step, part) for part in steps[:2]]
@@ -1040,7 +1045,7 @@ def measured_case(bench, case, pairs):
     if bench.cuda:
         figures |= {"allocated GB": f"{torch.cuda.max_memory_allocated() / GB:.1f}",
                     "reserved GB": f"{torch.cuda.max_memory_reserved() / GB:.1f}"}
-        figures |= profiled(step, steps[0], warm=seconds)
+        figures |= profiled(bench, step, steps[0])
     figures["warm-up s"] = f"{sum(warm):.1f}"
     bench.measured[case.name] = figures | {"pairs per second": case.pairs / seconds}
     if bench.cuda and not case.equal and case.head_power == 28 and not case.compile:
@@ -1068,13 +1073,11 @@ def parts_of(bench, step, part):
             "round ms": f"{1e3 * rounding_:.1f}"}
 
 
-def profiled(step, part, warm):
+def profiled(bench, step, part):
     """Kernels of one step: their number, share of the time, the five largest."""
+    seconds = timed(bench, step, part)  # the profiler itself takes time
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        began = time.perf_counter()
-        step(part)
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
+        timed(bench, step, part)
     kernels = [event for event in profile.key_averages() if is_kernel(event)]
     total = sum(event.self_device_time_total for event in kernels)  # microseconds
     largest = sorted(kernels, key=lambda event: -event.self_device_time_total)[:5]
@@ -1110,7 +1113,8 @@ def measure_peak(bench, case, step, vocab):
 def check_trl(bench):
     """TRL's DPO on the rows of the throughput cases: the same pairs per step, no wider batches."""
     python = bench.args.trl_python or sys.executable
-    if subprocess.run([python, "-c", "import trl, datasets"], capture_output=True).returncode:
+    look = "import importlib.util as u; assert u.find_spec('trl') and u.find_spec('datasets')"
+    if subprocess.run([python, "-c", look], capture_output=True).returncode:
         raise Skip(f"{python} has no trl or no datasets")
     cases = [Case("tiny", 2048, 4)] if bench.tiny else [FIRST_CASES[1], FIRST_CASES[0]]
     jobs, names = [], []
@@ -1146,9 +1150,10 @@ def check_trl(bench):
     process = subprocess.run([python, TRL_SCRIPT, bench.path("jobs.json")], capture_output=True,
                              text=True, timeout=max(bench.left(), 30),
                              env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
-    answers = [json.loads(line) for line in process.stdout.split("\n") if line.startswith("{")]
+    answers = [json.loads(line) for line in process.stdout.split("\n")
+               if line.startswith('{"trl"')]
     if process.returncode:
-        print(process.stderr[-3000:])
+        print(process.stderr[:1500], "...", process.stderr[-1500:])
         bench.expect(False, f"the process ended with {process.returncode}")
     for (case, name), answer in zip(names, answers):
         ours = bench.measured[case.name]
@@ -1168,16 +1173,16 @@ def check_trl(bench):
     return {"runs": f"{len(answers)} of {len(jobs)}"}
 
 
-# -------------------------------------------------------------------------------------- a 24 GB card
+# ------------------------------------------------------------------------------------- a 24 GB card
 
 
 def check_small_card(bench):
     """8B LoRA with checkpointing on what a 24 GB card has: steps, export, the saved check."""
     case = Case("tiny" if bench.tiny else "8b", 2048, 4 if bench.tiny else 16, True, True)
-    out_dir, need = bench.path("student"), 2.2 * 16 if not bench.tiny else 0.1
+    out_dir, need = bench.path("student"), 0.1 if bench.tiny else 17  # GB
+    if shutil.disk_usage(bench.work).free < need * GB:
+        raise Skip(f"needs {need} GB of disk for the saved student")
     if bench.cuda:
-        if shutil.disk_usage(bench.work).free < need * GB / 2:
-            raise Skip(f"needs {need / 2:.0f} GB of disk for the saved student")
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, 23 * GB / total))
     figures = {}
@@ -1218,7 +1223,7 @@ def check_small_card(bench):
             line = train.check_saved(val, metrics, args)
         figures["check s"] = f"{time.monotonic() - began:.1f}"
         stage("check")
-        figures["result"] = line.partition(" (")[0]
+        figures["margin as saved"] = re.sub(r".*margin (.*?) \(.*", r"\1", line)
         bench.expect("warning" not in text.getvalue(), text.getvalue()[-200:])
     except torch.OutOfMemoryError as error:
         bench.expect(False, f"no memory: {first_line(error)}")
@@ -1226,7 +1231,7 @@ def check_small_card(bench):
         if bench.cuda:
             torch.cuda.set_per_process_memory_fraction(1.0)
         shutil.rmtree(out_dir, ignore_errors=True)
-    return {name.replace("result", "saved"): value for name, value in figures.items()}
+    return figures
 
 
 # ---------------------------------------------------------------------------------- attention alone
@@ -1284,7 +1289,7 @@ def all_checks(tiny, cuda):
     """Every Check, the most valuable first."""
     correct = functools.partial(Check, "correctness")
     modes = {mode: correct(f"train.py {mode}", 8, functools.partial(check_mode, mode=mode))
-             for mode in MODES}
+             for mode in MODES if not (tiny and mode in ("float32", "bf16 LoRA"))}
     first = ["bf16", "bf16 LoRA checkpointing"]
     cases = [Check("throughput", case.name, case_seconds(case),
                    functools.partial(measure_case, case=case))
@@ -1299,8 +1304,8 @@ def all_checks(tiny, cuda):
             correct("logps", 10, check_logps), correct("gradients", 12, check_gradients),
             correct("rounding", 15, check_rounding), *(modes[mode] for mode in first),
             correct("step-0 gate", 5, check_gate),
-            *(modes[mode] for mode in MODES if mode not in first),
-            *cases, Check("trl", "runs", 60, check_trl),
+            *(check for mode, check in modes.items() if mode not in first),
+            *cases, Check("trl", "runs", 5 if tiny else 75, check_trl),
             Check("memory", "24 GB card, 8b LoRA checkpointing 2048", 60, check_small_card),
             correct("resume", 40, check_resume), correct("compile", 45, check_compile),
             correct("leaks and syncs", 10, check_leaks),

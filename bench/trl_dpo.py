@@ -11,12 +11,17 @@ import json
 import sys
 import tempfile
 import time
+import uuid
 
+import datasets
 import torch
 import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
+
+# datasets 5.2 pickles a table to name it, which pyarrow 26 does not let it. Any name will do.
+datasets.arrow_dataset.generate_fingerprint = lambda *_: uuid.uuid4().hex
 
 
 class Clock(TrainerCallback):
