@@ -1,21 +1,34 @@
-"""Memory of a training step, computed from shapes alone: no weights, no GPU, no download.
+"""Memory of a training run, computed from shapes alone: no weights, no GPU, no download.
 
     python bench/memory.py                                      the recipes of docs/scale.md
     python bench/memory.py --shape solar-10.7b --lora_rank 16   one set of flags, as for train.py
     python bench/memory.py --check                              predict, measure, compare (Linux)
 
-Weights, gradients and AdamW's two moments follow from the number of parameters. The rest is found
-by taking the step with train.py's own functions on PyTorch's fake tensors, which have shapes and
-no content: every operation reports what it allocates and frees. Not counted: CUDA and its
-libraries (about 1 GB per GPU), and what the allocator loses between blocks. Leave a tenth.
+The stages of train.py are taken with the project's own functions on PyTorch's fake tensors, which
+have shapes and no content: every operation reports what it allocates and frees.
+
+    start       the student, loaded, and the choice of a layout, which needs plain logits
+    reference   a batch without gradients
+    step        forward and backward with the gradients of an earlier micro-batch, then rounding
+    export      a student of 16 bits for the host, merged and rounded one weight at a time
+    check       nothing but that student, and a batch
+
+--dtype float32 stands for a CPU, which is its own host; bfloat16 for a GPU. Where PyTorch lacks
+CUDA, "cuda" tensors have no gradients. So a GPU's are on "meta", and attention is CUDA's kernel.
+Not counted: CUDA and its libraries (about 1 GB per GPU), the sample answers, and what the
+allocator loses between blocks. Leave a tenth.
 """
 import argparse
+import contextlib
+import gc
 import os
 import subprocess
 import sys
 import weakref
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,12 +36,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import rdpo  # noqa: E402
 from data import Pair, batch_tokens, collate  # noqa: E402
+from infra.checkpoint import student_weights  # noqa: E402
 from infra.command import run  # noqa: E402
-from infra.lora import add_lora  # noqa: E402
+from infra.lora import add_lora, without_lora  # noqa: E402
 from infra.models import checkpoint_layers  # noqa: E402
-from infra.rounding import Masters  # noqa: E402
+from infra.rounding import CHUNK, Masters  # noqa: E402
+from rdpo import HEAD_BYTES, plain_sequence_logps, sequence_logps  # noqa: E402
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied embeddings
 SHAPES = {
@@ -41,6 +55,8 @@ SHAPES = {
 RECIPES = (  # of docs/scale.md
     "--shape smollm2-135m --dtype float32 --tokens_per_batch 1024",
     "--shape smollm2-135m --dtype float32 --tokens_per_batch 1024 --lora_rank 16",
+    "--shape smollm2-135m --tokens_per_batch 8192",
+    "--shape 1b --tokens_per_batch 8192",
     "--shape 8b --lora_rank 16 --gradient_checkpointing --tokens_per_batch 2048",
     "--shape 8b --lora_rank 16 --gradient_checkpointing --tokens_per_batch 16384",
     "--shape solar-10.7b --lora_rank 16 --gradient_checkpointing --tokens_per_batch 16384",
@@ -54,7 +70,7 @@ CHECKS = [f"--shape smollm2-135m --dtype float32 --tokens_per_batch 512 --prompt
 
 
 def parse(words):
-    parser = argparse.ArgumentParser(description="Memory of a training step, from shapes alone.",
+    parser = argparse.ArgumentParser(description="Memory of a training run, from shapes alone.",
                                      allow_abbrev=False)
     add = parser.add_argument
     add("--shape", choices=SHAPES, help="the student's shape")
@@ -71,49 +87,93 @@ def parse(words):
     return parser.parse_args(words)
 
 
-# ----------------------------------------------------------------------------------------- a step
+# ------------------------------------------------------------------------- a run, stage by stage
 
 
-def build(args):
-    """(model, masters, batch) as train.py prepares them. Under FSDP the model is the gathered one,
-    in the compute dtype, and masters is None."""
+def build(args, device, adapted=True):
+    """A model as train.py loads it and, if `adapted`, prepares it for training."""
     hidden, intermediate, layers, heads, kv_heads, vocab, tied = SHAPES[args.shape]
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocab,
         tie_word_embeddings=tied, max_position_embeddings=4096)
-    dtype = getattr(torch, args.dtype)
-    as_stored = args.lora_rank or args.fsdp > 1
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=dtype if as_stored else torch.float32, attn_implementation="sdpa").eval()
-    if args.lora_rank:
+    with device:
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, args.dtype), attn_implementation="sdpa").eval()
+    if args.lora_rank and adapted:
         add_lora(model, args.lora_rank, 2 * args.lora_rank)
-    if args.gradient_checkpointing:
+    if args.gradient_checkpointing and adapted:
         checkpoint_layers(model)
-    masters = Masters(model, dtype, seed=0) if args.fsdp == 1 else None
+    return model
+
+
+def full_batch(args):
+    """The pairs of the largest micro-batch."""
     answer = [1] * args.answer_length
     pair = Pair("", "", [1] * args.prompt_length, answer, answer, None, None)
-    count = max(1, args.tokens_per_batch // batch_tokens(pair, True))
-    return model, masters, collate([pair] * count, share_prefix=True)
+    return [pair] * max(1, args.tokens_per_batch // batch_tokens(pair, True))
 
 
-def forward(model, batch, args):
-    with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        return rdpo.sequence_logps(model, batch).sum()
+def forward(model, pairs):
+    batch = collate(pairs, share_prefix=True).to(model.device)
+    return sequence_logps(model, batch).sum()
+
+
+@torch.no_grad()
+def choose_layout(model, pairs):
+    plain_sequence_logps(model, pairs[:1])
+    forward(model, 2 * pairs[:1])
+
+
+@torch.no_grad()
+def reference(model, pairs):
+    with without_lora(model):
+        forward(model, pairs)
+
+
+@contextlib.contextmanager
+def cuda_rules():
+    """Compute with tensors on "meta" as with a GPU's."""
+    with patch.dict(HEAD_BYTES, meta=HEAD_BYTES["cuda"]), patch.dict(CHUNK, meta=CHUNK["cuda"]), \
+            patch.object(F, "scaled_dot_product_attention", cuda_attention):
+        yield
+
+
+def cuda_attention(query, key, value, attn_mask=None, scale=None, is_causal=False, **_):
+    """The kernel that CUDA takes for 16 bits: neither keeps a tensor of (heads, T, T)."""
+    if attn_mask is None:
+        return torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, is_causal=is_causal, scale=scale)[0]
+    mask = attn_mask.expand(*query.shape[:3], -1)
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, mask, True, scale=scale)[0]
+
+
+INNER = {  # bytes that an operation allocates and frees within, where no fake tensor shows them
+    torch.ops.aten.logsumexp.default: lambda x, *_: x.nbytes,  # its distance from the maximum
+    # The gradient of the queries is summed in float32.
+    torch.ops.aten._scaled_dot_product_efficient_attention_backward.default:
+        lambda grad, query, *_: 4 * query.numel(),
+}
 
 
 class LiveBytes(TorchDispatchMode):
-    """While it is on: the bytes of all live tensor storages, and their largest sum so far."""
+    """While it is on: the bytes of a device's live tensor storages, and their largest sum."""
 
-    def __init__(self):
+    def __init__(self, device):
         super().__init__()
-        self.now, self.peak, self.seen = 0, 0, weakref.WeakSet()
+        self.device, self.now, self.peak, self.seen = device, 0, 0, weakref.WeakSet()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return 1  # no content: all that an `if` asks of a tensor is true
         results = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(results):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.seen:
+            if (isinstance(tensor, torch.Tensor) and tensor.device.type == self.device
+                    and tensor.untyped_storage() not in self.seen):
                 self.add(tensor.untyped_storage())
+        if function in INNER:
+            self.peak = max(self.peak, self.now + INNER[function](*args))
         return results
 
     def add(self, storage):
@@ -126,51 +186,112 @@ class LiveBytes(TorchDispatchMode):
     def forget(self, size):
         self.now -= size
 
+    def lap(self):
+        """The largest sum since the last call."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
 
 def bytes_of(weights):
     return sum(weight.nbytes for weight in weights)
 
 
 def predict(args):
-    """{what: bytes} of a step on each GPU."""
-    if args.dtype == "bfloat16":  # stands for a GPU, which takes larger chunks of logits
-        rdpo.HEAD_BYTES["cpu"] = rdpo.HEAD_BYTES["cuda"]
-    with FakeTensorMode(), LiveBytes() as live:
-        model, masters, batch = build(args)
-        trained = [weight for weight in model.parameters() if weight.requires_grad]
-        trained_count = sum(weight.numel() for weight in trained)
-        gathered = sent = 0
-        if masters is None:  # FSDP
-            layers = [list(layer.parameters()) for layer in model.base_model.layers]
-            frozen = bytes_of(model.parameters()) - bytes_of(trained)
-            copies = 4 * trained_count * (args.dtype == "bfloat16")
-            weights = (4 * trained_count + copies + frozen) // args.fsdp
-            # Gathered: the layer at work, the next one, and what is outside the layers.
-            gathered = bytes_of(model.parameters()) - sum(map(bytes_of, layers))
-            gathered += 2 * bytes_of(layers[0])
-            # Sent: the next layer as it arrives, this layer's gradients, and those of the layer
-            # before in float32, to be summed.
-            layer = [weight for weight in layers[0] if weight.requires_grad]
-            sent = bytes_of(layers[0]) + bytes_of(layer) + sum(4 * w.numel() for w in layer)
-            for weight in trained:  # a layer's gradients leave at once
-                weight.register_post_accumulate_grad_hook(drop_gradient)
-        else:
-            owned = {id(weight): weight for weight in (*model.parameters(), *masters.parameters())}
-            weights = bytes_of(owned.values())
-            for master in masters.parameters():  # from an earlier micro-batch
-                master.grad = torch.zeros_like(master)
-            for _, master, copy in masters.pairs:
-                if copy.dtype == torch.float32:  # its own gradient until the step's end
-                    copy.grad, master.grad = master.grad, None
-        before = live.now
-        loss = forward(model, batch, args)
-        activations = live.now - before
-        live.peak = live.now
-        loss.backward()
-    return {"weights": weights, "gathered": gathered, "sent": sent,
-            "gradients": 4 * trained_count // args.fsdp,
-            "optimizer": 8 * trained_count // args.fsdp,
-            "activations": activations, "backward": live.peak - before - activations}
+    """{stage: the most bytes held at once}, on each GPU. The names are at the top of this file."""
+    return simulate(args)[0]
+
+
+def simulate(args):
+    """(predict's {stage: bytes}, {part: bytes} of the step)."""
+    is_cpu, pairs = args.dtype == "float32", full_batch(args)
+    device = torch.device("cpu" if is_cpu else "meta")
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(device.type) as live, (
+            contextlib.nullcontext() if is_cpu else cuda_rules()):
+        stages, parts = (train if args.fsdp == 1 else train_sharded)(args, pairs, device, live)
+        parts["backward"] = stages["step"] - sum(parts.values())
+        gc.collect()  # checkpointed layers are reference cycles
+        student = build(args, device, adapted=False)
+        live.lap()
+        with torch.no_grad():
+            forward(student, pairs)
+        stages["check"] = live.lap()
+    return stages, parts
+
+
+def train(args, pairs, device, live):
+    """(stages, parts) from start to export."""
+    stages, model = {}, build(args, device)
+    live.lap()  # made from its config, a model passes through tensors that a file's does not
+    choose_layout(model, pairs)
+    stages["start"] = live.lap()
+    reference(model, pairs)
+    stages["reference"] = live.lap()
+    masters = Masters(model, getattr(torch, args.dtype), seed=0)
+    trained = sum(master.numel() for master in masters.parameters())
+    parts = {"weights": live.now, "gradients": 4 * trained, "optimizer": 8 * trained}
+    # AdamW's moments. Its fused kernel needs nothing else.
+    moments = [torch.zeros_like(master) for master in (*masters.parameters(),) * 2]
+    for master in masters.parameters():  # from an earlier micro-batch
+        master.grad = torch.zeros_like(master)
+    parts["activations"] = backward(model, pairs, live)
+    for master in masters.parameters():
+        master.grad = None
+    masters.round(1)
+    stages["step"] = live.lap()
+    student_weights(model, masters, torch.bfloat16, seed=0)
+    stages["export"] = live.lap()
+    del moments
+    return stages, parts
+
+
+def train_sharded(args, pairs, device, live):
+    """The same for each of FSDP's ranks. The model is the gathered one."""
+    def hold(*sizes):
+        return [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+
+    stages, model = {}, build(args, device)
+    whole, layers = bytes_of(model.parameters()), model.base_model.layers
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    count, layer = sum(map(torch.numel, trained)), list(layers[0].parameters())
+    shard = (4 * count + whole - bytes_of(trained)) // args.fsdp
+    copies = 4 * count * (args.dtype != "float32") // args.fsdp
+    # Gathered: the layer at work, the next one, and what is outside the layers.
+    gathered = whole - bytes_of(layers.parameters()) + 2 * bytes_of(layer)
+    live.now -= whole  # the parts of it that are there at a time are held instead
+    live.lap()
+    held = hold(shard, gathered, bytes_of(layer))  # the last: the next layer as it arrives
+    choose_layout(model, pairs)
+    stages["start"] = live.lap()
+    reference(model, pairs)
+    stages["reference"] = live.lap()
+    # Sent: the next layer as it arrives, this layer's gradients, and those of the layer before in
+    # float32, to be summed.
+    layer_trained = [weight for weight in layer if weight.requires_grad]
+    sent = bytes_of(layer) + bytes_of(layer_trained) + 4 * sum(map(torch.numel, layer_trained))
+    parts = {"weights": shard + copies, "gathered": gathered, "sent": sent,
+             "gradients": 4 * count // args.fsdp, "optimizer": 8 * count // args.fsdp}
+    held.clear()
+    held += hold(*parts.values())
+    for weight in trained:  # a layer's gradients leave at once
+        weight.register_post_accumulate_grad_hook(drop_gradient)
+    parts["activations"] = backward(model, pairs, live)
+    stages["step"] = live.lap()
+    # Rank 0 sends one whole weight after the other to the host, and merges and rounds them there.
+    held.clear()
+    live.lap()
+    held += hold(parts["weights"], parts["optimizer"], 4 * max(map(torch.numel, trained)))
+    stages["export"] = live.lap()
+    live.now += whole
+    return stages, parts
+
+
+def backward(model, pairs, live):
+    """Go forward and backward through a micro-batch; returns the bytes of its activations."""
+    before = live.now
+    loss = forward(model, pairs)
+    activations = live.now - before
+    loss.backward()
+    return activations
 
 
 def drop_gradient(weight):
@@ -182,12 +303,13 @@ def drop_gradient(weight):
 
 def measure(args):
     """Peak resident bytes of a real step on this CPU, in a process of its own."""
-    before = resident("VmRSS")
-    model, masters, batch = build(args)
+    before, pairs = resident("VmRSS"), full_batch(args)
+    model = build(args, torch.device("cpu"))
+    masters = Masters(model, getattr(torch, args.dtype), seed=0)
     optimizer = torch.optim.AdamW(masters.parameters(), fused=True)
-    forward(model, batch, args).backward()
+    forward(model, pairs).backward()
     optimizer.step()
-    forward(model, batch, args).backward()  # with gradients and moments: the peak
+    forward(model, pairs).backward()  # with gradients and moments: the peak
     return resident("VmHWM") - before
 
 
@@ -200,7 +322,7 @@ def resident(field):
 def check():
     print("peak on this CPU, MB                     predicted  measured  predicted / measured")
     for words in CHECKS:
-        predicted = sum(predict(parse(words.split())).values())
+        predicted = predict(parse(words.split()))["step"]
         # Return freed blocks to the system at once, so that resident memory is live memory.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
         command = [sys.executable, __file__, "--measure", *words.split()]
@@ -214,12 +336,15 @@ def check():
 
 def show(words):
     args = parse(words.split())
-    parts = predict(args)
-    sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    stages, parts = simulate(args)
     cache = 72 * args.pairs / 1e6  # 32 + 4 bytes per answer
-    print(f"{words}\n    {sum(parts.values()) / 1e9:.1f} GB"
-          f"{' on each GPU' if args.fsdp > 1 else ''}: {sizes}; on disk, reference cache of "
-          f"{args.pairs:,} pairs {cache:.1f} MB\n")
+    print(f"{words}\n    {gigabytes(stages)}: {max(stages.values()) / 1e9:.1f} GB"
+          f"{' on each GPU' if args.fsdp > 1 else ''}\n    step: {gigabytes(parts)}\n    on disk: "
+          f"reference cache of {args.pairs:,} pairs, {cache:.1f} MB\n", flush=True)
+
+
+def gigabytes(sizes):
+    return ", ".join(f"{name} {size / 1e9:.1f}" for name, size in sizes.items())
 
 
 def main():

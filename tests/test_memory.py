@@ -10,33 +10,103 @@ from conftest import ROOT
 
 sys.path.insert(0, f"{ROOT}/bench")
 import memory  # noqa: E402
+from infra.models import cast_weights  # noqa: E402
+
+# Almost all weights are in two tables: V words of D numbers. A pair has N answer tokens.
+D, V, N = 16, 200_000, 16
+LAYER = 2 * D * D + 2 * D * D // 2 + 3 * D * 32 + 2 * D
+PARAMETERS = 2 * V * D + LAYER + D
+TABLE, LOGITS = V * D, N * V
+FLAGS = "--shape tiny --prompt_length 4 --answer_length 8 --tokens_per_batch 20 "
 
 
-FLAGS = ("--shape smollm2-135m --dtype float32 --tokens_per_batch 512 --prompt_length 256 "
-         "--answer_length 128 ")
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(memory.SHAPES, "tiny", (D, 32, 1, 2, 1, V, False))
+    monkeypatch.setitem(memory.CHUNK, "cuda", 2**17)
 
 
-def predict(flags):
-    return memory.predict(memory.parse((FLAGS + flags).split()))
+def simulate(flags=""):
+    return memory.simulate(memory.parse((FLAGS + flags).split()))
 
 
-def test_each_parameter_takes_16_bytes_and_fsdp_divides_them():
-    whole, lora, checkpointed, sharded = map(predict, (
-        "", "--lora_rank 16", "--gradient_checkpointing", "--fsdp 4"))
-    parameters = 134_515_008  # of SmolLM2-135M
-    kept = "weights", "gradients", "optimizer"
-    assert [whole[name] for name in kept] == [4 * parameters, 4 * parameters, 8 * parameters]
-    assert [sharded[name] for name in kept] == [parameters, parameters, 2 * parameters]
-    assert lora["gradients"] == 4 * 4_884_480
-    assert lora["weights"] == whole["weights"] + lora["gradients"]
-    assert checkpointed["activations"] < 0.2 * whole["activations"]
-    assert whole["gathered"] == whole["sent"] == 0 < sharded["gathered"] < whole["weights"]
-    # A layer's weights as they arrive, its gradients, and those of the layer before.
-    assert sharded["sent"] == 3 * 4 * 3_540_096
+def about(size):
+    return pytest.approx(size, rel=0.01)
+
+
+def test_stages_of_a_gpu_follow_from_the_shape():
+    stages, parts = simulate()
+    # Logits and logsumexp's own tensor, both float32; the layout is chosen on two pairs.
+    assert stages["start"] == about(2 * PARAMETERS + 8 * 2 * LOGITS)
+    assert stages["reference"] == stages["check"] == about(2 * PARAMETERS + 8 * LOGITS)
+    # 2 (copy) + 4 (master) + 4 (gradient) + 8 (moments) bytes a parameter.
+    assert parts["weights"] == about(6 * PARAMETERS)
+    assert (parts["gradients"], parts["optimizer"]) == (4 * PARAMETERS, 8 * PARAMETERS)
+    # The head's gradient in 16 bits, its logits in 16 and in 32.
+    assert stages["step"] == about(18 * PARAMETERS + 2 * TABLE + 6 * LOGITS)
+    assert stages["step"] == sum(parts.values())
+    # The largest weight's absolute values.
+    assert stages["export"] == about(14 * PARAMETERS + 2 * TABLE)
+
+
+def test_stages_of_a_cpu_where_the_student_is_made_beside_the_model():
+    stages, parts = simulate("--dtype float32")
+    assert stages["reference"] == stages["check"] == about(4 * PARAMETERS + 8 * LOGITS)
+    assert parts["weights"] == about(4 * PARAMETERS)
+    assert stages["step"] == about(16 * PARAMETERS + 4 * TABLE + 4 * LOGITS)
+    assert stages["export"] == about(12 * PARAMETERS + 2 * TABLE + 4 * TABLE)
+
+
+def test_adapters_leave_nothing_behind():
+    stages, parts = simulate("--lora_rank 2 --gradient_checkpointing")
+    adapters = 2 * (2 * (D + D) + 2 * (D + D // 2) + 3 * (D + 32))
+    assert (parts["gradients"], parts["optimizer"]) == (4 * adapters, 8 * adapters)
+    assert parts["weights"] == about(2 * PARAMETERS)
+    assert stages["export"] == about(2 * PARAMETERS + 2 * TABLE)
+    assert stages["check"] == about(2 * PARAMETERS + 8 * LOGITS)
+
+
+def test_fsdp_divides_what_it_keeps():
+    stages, parts = simulate("--fsdp 4")
+    assert [parts[name] for name in ("weights", "gradients", "optimizer")] == [
+        2 * PARAMETERS, PARAMETERS, 2 * PARAMETERS]
+    assert parts["gathered"] == 2 * (PARAMETERS + LAYER)
+    # A layer's weights as they arrive, its gradients, and those of the layer before in float32.
+    assert parts["sent"] == (2 + 2 + 4) * LAYER
+    assert stages["reference"] == about((1 + 2) * PARAMETERS + 8 * LOGITS)
+    assert stages["export"] == about((2 + 2) * PARAMETERS + 4 * TABLE)
+    assert stages["check"] == about(2 * PARAMETERS + 8 * LOGITS)  # rank 0 loads all of it
+
+
+def test_waste_in_a_stage_is_seen(monkeypatch):
+    before, parts = simulate("--prompt_length 2000")
+
+    def wide_student(model, *_, **__):
+        return [weight.float() for weight in model.parameters()]
+
+    def wide_model(args, device, adapted=True, build=memory.build):
+        model = build(args, device, adapted)
+        if not adapted:
+            cast_weights(model, torch.float32)
+        return model
+
+    def plain_attention(query, key, value, **_):
+        return (query @ key.mT).softmax(-1) @ value
+
+    monkeypatch.setattr(memory, "student_weights", wide_student)
+    monkeypatch.setattr(memory, "build", wide_model)
+    monkeypatch.setattr(memory, "cuda_attention", plain_attention)
+    after, more_parts = simulate("--prompt_length 2000")
+    assert after["export"] - before["export"] == about((4 * 2 - 2) * TABLE)
+    assert after["check"] - before["check"] > 1.9 * PARAMETERS
+    # Probabilities of 2 heads in 16 bits, less a mask that this attention does not keep.
+    assert more_parts["activations"] - parts["activations"] == about(2 * (2 - 1) * 2016**2)
+    monkeypatch.setitem(memory.CHUNK, "cuda", 2**22)  # of rounding, two thirds of this model
+    assert simulate()[0]["step"] > 1.05 * before["step"]
 
 
 def test_live_bytes_follow_allocations_and_frees():
-    with memory.LiveBytes() as live:
+    with memory.LiveBytes("cpu") as live:
         a = torch.ones(1000)
         b = a + a
         view = b[10:]
@@ -44,7 +114,7 @@ def test_live_bytes_follow_allocations_and_frees():
         del b
         assert live.now == 8000  # the view holds it
         del view
-        assert live.now == 4000 and live.peak == 8000
+        assert live.now == 4000 and live.lap() == 8000 and live.lap() == 4000
 
 
 def test_an_unknown_shape_is_refused():
