@@ -364,8 +364,7 @@ def train_student(args, device, dtype):
         grad_norm = dist.full_tensor(grad_norm).item()
         selfcheck.check_step(step, metrics["loss"], grad_norm, scaler, log_ratios, state_dir)
         lr = learning_rate(step, total_steps, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=flat_gradients is None)

@@ -1,5 +1,6 @@
 """Models and tokenizers: loading them, and what training changes about a loaded model."""
 import functools
+import gc
 import json
 import math
 import os
@@ -63,6 +64,7 @@ def load_tokenizer(model, template_kwargs=None):
 def load_model(model, dtype=torch.float32, kind=AutoModelForCausalLM, flag="--model"):
     """The model of a folder or hub id in eval mode, with SDPA attention. BadInput if it fails."""
     check_model_name(model, flag)
+    gc.collect()  # a model that was let go may be a cycle, as checkpoint_layers makes one
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # a table of missing weights: see below
     # On Hopper GPUs SDPA prefers cuDNN, whose backward gives nan for some masked rows
@@ -93,7 +95,7 @@ def cast_weights(model, dtype):
 
 
 def fits(model, device):
-    """Whether a model on the CPU leaves a quarter of the device's free memory to its activations."""
+    """Whether a model on the CPU leaves a quarter of the device's free memory for activations."""
     if device != "cuda":
         return True
     torch.cuda.empty_cache()

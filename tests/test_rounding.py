@@ -2,6 +2,7 @@
 import hashlib
 import math
 import re
+import weakref
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import random_pairs, read_metrics, tiny_model
 from safetensors.torch import load_file
 
 from data import collate
-from infra import checkpoint, rounding
+from infra import checkpoint, models, rounding
 from infra.lora import add_lora, lora_layers, merged
 from infra.rounding import Masters, stochastic_round
 from rdpo import sequence_logps
@@ -319,3 +320,30 @@ def test_a_float32_student_is_rounded_before_training_in_16_bits(run_train, toy_
     steps, evaluations = read_metrics(tmp_path / "out")
     assert evaluations[0]["eval/loss"] == pytest.approx(0.693147, abs=1e-3)
     assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-3)
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora_rank", 2, "--gradient_checkpointing"]])
+def test_nothing_of_the_trained_student_is_left_when_the_saved_one_is_loaded(
+        flags, run_train, toy_rows, write_rows, monkeypatch):
+    """Both would have to fit into a GPU at once. Views keep the whole tensor: one is too many."""
+    alive, tensors = [], []
+    split, load = Masters.split, models.load_model
+
+    def spied(masters, weights):
+        parameters = split(masters, weights)
+        tensors.extend(map(weakref.ref, masters.flat[0][:2]))
+        tensors.extend(map(weakref.ref, (*parameters, *weights)))
+        return parameters
+
+    def load_model(name, **options):
+        model = load(name, **options)
+        alive.append(sum(tensor() is not None for tensor in tensors))
+        return model
+
+    monkeypatch.setattr(Masters, "split", spied)
+    monkeypatch.setattr(models, "load_model", load_model)
+    code, out, err = run_train("--data", write_rows(toy_rows[:30]), "--dtype", "bfloat16",
+                               "--max_steps", 1, "--batch_size", 4, "--save_dtype", "float32",
+                               *flags)
+    assert code == 0 and "as saved" in out, err
+    assert alive == [0, 0] and len(tensors) > 20
