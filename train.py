@@ -172,6 +172,11 @@ def policy_logps(policy, batch):
     return sequence_logps(policy, batch)
 
 
+def eager(args):
+    """Without compiling, where it would make graphs that training never uses."""
+    return torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
+
+
 def rank_batches(pairs, indices, share_prefix, args):
     return micro_batches(pairs, indices, args.tokens_per_batch, share_prefix,
                          dist.rank(), dist.world_size())
@@ -247,9 +252,10 @@ def choose_layout(policy, pairs, args):
         batch = collate(tried, share_prefix, rows=[[0, 1]])
         return policy_logps(policy, batch.to(policy.device))  # (4,)
 
-    works, reason = dist.broadcast(selfcheck.can_share_prefix(
-        tried, policy.name_or_path, lambda: plain_sequence_logps(policy, tried), fast_logps,
-        getattr(torch, args.dtype)))
+    with eager(args):
+        works, reason = dist.broadcast(selfcheck.can_share_prefix(
+            tried, policy.name_or_path, lambda: plain_sequence_logps(policy, tried), fast_logps,
+            getattr(torch, args.dtype)))
     if not works:
         print(f"layout: one answer per row; the model cannot read several in one ({reason})")
     return works
@@ -285,8 +291,6 @@ def train_student(args, device, dtype):
     cache = ReferenceCache(os.path.expanduser(args.cache_dir), policy, " ".join(computed_as))
     place(policy, args, device, dtype)
     share_prefix = choose_layout(policy, train_pairs + val_pairs, args)
-    if args.compile:
-        policy.base_model.compile(dynamic=True)  # few graphs for all shapes of batches
 
     peaks = StagePeaks(device)
     peaks.end("start")
@@ -305,8 +309,6 @@ def train_student(args, device, dtype):
         del policy
         policy, saved_dtype, weights_before = load_policy(model_name, args, dtype)
         place(policy, args, device, dtype)
-        if args.compile:
-            policy.base_model.compile(dynamic=True)
 
     peaks.end("reference")
 
@@ -438,9 +440,11 @@ def load_policy(name, args, dtype):
 
 
 def place(policy, args, device, dtype):
-    """Add adapters and checkpoints, then send the model to its device or shard it over ranks."""
+    """Add what the flags ask for, then send the model to its device or shard it over ranks."""
     if args.lora_rank:
         add_lora(policy, args.lora_rank, args.lora_alpha)
+    if args.compile:
+        models.compile_layers(policy)
     if args.gradient_checkpointing:
         models.checkpoint_layers(policy)
     if args.fsdp:
@@ -512,9 +516,7 @@ def sample_answers(policy, tokenizer, prompts, args):
     if dist.rank() > 0 and not args.fsdp:
         return []
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    # Generation would compile a graph per length.
-    eager = torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
-    with eager:
+    with eager(args):
         return [answer.text for answer in generate(policy, tokenizer, ids, args.max_new_tokens)]
 
 

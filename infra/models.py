@@ -123,6 +123,17 @@ def decoder_layers(model, flag):
     return layers
 
 
+def compile_layers(model):
+    """torch.compile the decoder's blocks. They share graphs, so it takes seconds, not minutes.
+
+    Each of these doubles the graphs: adapters on or off; gradients or none; one row or several; an
+    input that needs a gradient or not; a window or none.
+    """
+    torch._dynamo.config.recompile_limit = 32
+    for layer in decoder_layers(model, "--compile"):
+        layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
 def checkpoint_layers(model):
     """Keep only each layer's input and compute the rest again in backward: less memory, more time.
 

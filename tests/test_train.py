@@ -1,4 +1,5 @@
 """train.py as a user runs it: what it computes, what it leaves behind, killed equals not killed."""
+import functools
 import json
 import math
 import os
@@ -537,14 +538,13 @@ def test_gradient_checkpointing_changes_no_result(
 def test_compile_changes_no_result_and_is_bounded(
         run_train, tmp_path, toy_rows, write_rows, monkeypatch):
     """With dynamo's own backend: tests what is traced, not the compiler, which takes minutes."""
-    compile_module, graphs = torch.nn.Module.compile, []
+    compile_function, graphs = torch.compile, []
 
     def backend(graph, _):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, dynamic: compile_module(
-        self, dynamic=dynamic, backend=backend))
+    monkeypatch.setattr(torch, "compile", functools.partial(compile_function, backend=backend))
     path = write_rows(toy_rows[:100])
     for name, flags in (("plain", []), ("compiled", ["--compile"])):
         assert run_train("--data", path, "--max_steps", 6, "--tokens_per_batch", 500,
