@@ -149,14 +149,14 @@ def dispatch(func, args, kwargs):
         return func(*args, **kwargs)
 
     if name in ("_to_copy", "copy_"):
-        source, to_gpu = args[-1], isinstance(args[0], OnGPU) if name == "copy_" else to_gpu
+        copies = name == "copy_"  # into args[0], whatever there is
+        source, to_gpu = args[int(copies)], isinstance(args[0], OnGPU) if copies else to_gpu
         if isinstance(source, OnGPU) and not to_gpu:
             wait("a copy to the CPU")
-        elif on_cpu and to_gpu and source.numel():
-            non_blocking = kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,))
+        elif to_gpu and not isinstance(source, OnGPU) and source.numel():
             if not getattr(source, "pinned", False):
                 wait("a copy from pageable memory")
-            elif not non_blocking:
+            elif not kwargs.get("non_blocking") and args[2:] != (True,):
                 wait("a copy that blocks")
     elif on_gpu and on_cpu:
         check_devices(func, name, args, on_cpu)
@@ -176,9 +176,9 @@ def dispatch(func, args, kwargs):
     mine = {id(held(tensor)): tensor for tensor in tensors}  # what works in place returns itself
 
     def wrap(value):
-        if not isinstance(value, torch.Tensor):
-            return value
-        return mine.get(id(value)) if id(value) in mine else OnGPU(value) if to_gpu else value
+        if id(value) in mine:
+            return mine[id(value)]
+        return OnGPU(value) if to_gpu and isinstance(value, torch.Tensor) else value
 
     return tree_map(wrap, func(*args, **kwargs))
 
@@ -274,6 +274,7 @@ def main():
     from infra.command import run
     from infra.rounding import Masters
     from transformers import GenerationMixin
+    train.have_matplotlib = lambda: False  # nothing to see, and slow
     staged(train, "accumulate_gradients", "step", "step")
     staged(Masters, "round", None, "elsewhere")
     staged(GenerationMixin, "generate", "generation", None)

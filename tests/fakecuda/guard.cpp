@@ -9,8 +9,8 @@ using c10::DeviceType;
 struct PretendedGuard : c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
   Device getDevice() const override { return Device(DeviceType::CUDA, 0); }
   Device exchangeDevice(Device) const override { return getDevice(); }
-  c10::Stream getStream(Device device) const noexcept override {
-    return c10::Stream(c10::Stream::DEFAULT, Device(DeviceType::CUDA, 0));
+  c10::Stream getStream(Device) const noexcept override {
+    return c10::Stream(c10::Stream::DEFAULT, getDevice());
   }
   // The one stream does everything at once, in order.
   void record(void**, const c10::Stream&, const c10::DeviceIndex,
