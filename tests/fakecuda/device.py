@@ -29,7 +29,7 @@ for library in ("libgomp.so.1", "libc10.so", "libtorch_cpu.so"):  # what the gua
 ctypes.CDLL(sys.argv[1])
 
 import torch  # noqa: E402
-import torch._dynamo  # noqa: E402, F401, which subclasses torch.Generator: import it before pretend()
+import torch._dynamo  # noqa: E402, F401, which subclasses torch.Generator: before pretend()
 import torch.nn.functional as F  # noqa: E402
 from torch.utils._foreach_utils import _foreach_supported_types  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
