@@ -71,8 +71,9 @@ def check_student(step, masters, loss, state_dir):
 
     The loss is not finite either if weights are so large that the forward pass overflows.
     """
-    is_finite = math.isfinite(loss) and all(
-        dist.local_shard(weight)[0].isfinite().all() for weight in masters.parameters())
+    finite = torch.stack([dist.local_shard(weight)[0].isfinite().all()
+                          for weight in masters.parameters()])
+    is_finite = math.isfinite(loss) and bool(finite.all())  # the CPU waits for the GPU once
     newest = newest_state(state_dir)
     resumed = newest and newest.endswith(f"{step:08d}")  # by a version that did not check
     refuse(f"step {step}", (
