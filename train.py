@@ -452,6 +452,9 @@ def place(policy, args, device, dtype):
         dist.shard(policy, layers, device, dtype, sequence_logps)
     else:
         policy.to(device)
+    if args.tokens_per_batch is None:
+        args.tokens_per_batch = models.tokens_that_fit(policy, args.gradient_checkpointing)
+        print(f"tokens per batch: {args.tokens_per_batch}, by the GPU's free memory")
 
 
 def check_saved(val, trained, args):
@@ -578,7 +581,8 @@ def get_args(argv=None):
     add("--save_adapter", action="store_true", help="save the adapter in PEFT's format, unmerged")
     # memory and speed: these change the result by rounding at most
     add("--tokens_per_batch", type=at_least(1),
-        help="tokens per forward pass, unless a pair is longer (default: 1024 on a CPU, else 2048)")
+        help="tokens per forward pass, unless a pair is longer (default: 1024 on a CPU, on CUDA "
+             "what fits, up to 8192)")
     add("--gradient_checkpointing", action="store_true", help="less memory, more time")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--fsdp", action="store_true", help="under torchrun: shard weights over the ranks")

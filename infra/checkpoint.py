@@ -68,6 +68,8 @@ def check_out_dir(args):
          "holds an earlier run; add --resume to continue it or --overwrite to delete it"))
     if not is_new and args.resume:
         before = read_flags(out_dir, "another --out_dir, or --overwrite to begin again")
+        if args.tokens_per_batch is None:  # what fitted then
+            args.tokens_per_batch = before.get("tokens_per_batch")
         for name in sorted(before.keys() & vars(args).keys() - FREE_TO_CHANGE):
             refuse("", (vars(args)[name] != before[name],
                         f"--{name} is {vars(args)[name]}, but the run in {out_dir} has "

@@ -43,7 +43,7 @@ def setup(args):
         has_bfloat16 = has_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = ("float32" if args.device != "cuda"
                       else "bfloat16" if has_bfloat16 else "float16")
-    if args.tokens_per_batch is None:  # a GPU needs more at a time to be busy, a CPU's caches less
+    if args.tokens_per_batch is None and args.device != "cuda":  # see models.tokens_that_fit
         args.tokens_per_batch = 1024 if args.device == "cpu" else 2048
     refuse(
         "",

@@ -43,7 +43,31 @@ class LoRALinear(nn.Module):
         if not self.enabled:
             return self.base(x)
         low = self.alpha / self.rank * F.linear(x, self.A)  # (..., rank): scale the narrow side
-        return self.base(x) + F.linear(low, self.B)  # (..., out)
+        if x.dtype == torch.float32:
+            return self.base(x) + F.linear(low, self.B)  # (..., out)
+        return RoundedOnce.apply(x, low, self.base.weight, self.base.bias, self.B)  # (..., out)
+
+
+class RoundedOnce(torch.autograd.Function):
+    """x W^T + low B^T + bias in 16 bits, as one product, which sums in float32 and rounds once.
+
+    Two products are rounded twice: x W^T already lies on the 16-bit grid, and what the adapter
+    adds is lost wherever it is less than half a step of that grid. The gradients of x have no such
+    fault: there only the adapter's own share of them is small.
+    """
+
+    @staticmethod
+    def forward(ctx, x, low, weight, bias, B):
+        ctx.save_for_backward(low, weight, B)
+        pad = (0, -low.shape[-1] % 8)  # GPUs want rows of 16 bytes
+        both = torch.cat([x, F.pad(low, pad)], -1)  # (..., in + rank)
+        return F.linear(both, torch.cat([weight, F.pad(B, pad)], 1), bias)  # (..., out)
+
+    @staticmethod
+    def backward(ctx, grad):  # (..., out)
+        low, weight, B = ctx.saved_tensors
+        grad_B = grad.flatten(0, -2).T @ low.flatten(0, -2)  # (out, rank)
+        return grad @ weight, grad @ B, None, None, grad_B
 
 
 def add_lora(model, rank, alpha):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
+import infra.distributed as dist
 from infra.command import BadInput, first_line, refuse
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -100,6 +101,23 @@ def fits(model, device):
         return True
     torch.cuda.empty_cache()
     return sum(weight.nbytes for weight in model.parameters()) < 0.75 * torch.cuda.mem_get_info()[0]
+
+
+def tokens_that_fit(model, checkpointing):
+    """--tokens_per_batch by the memory that a GPU has left beside a model: 1,024 to 8,192.
+
+    A trained weight takes 16 bytes more (master, gradient, moments). A token takes up to 64 bytes
+    per hidden unit of each layer (bench/memory.py counts 49 to 62); with checkpointing 4, and 64
+    in the layer at work. Chunks of logits take 1 GB at most.
+    """
+    config = model.config.get_text_config()
+    trained = sum(dist.local_shard(weight)[0].numel() for weight in model.parameters()
+                  if weight.requires_grad)
+    layers = config.num_hidden_layers
+    token = (4 * layers + 64 if checkpointing else 64 * layers) * config.hidden_size
+    free = 0.9 * torch.cuda.mem_get_info()[0] - 16 * trained - 1e9
+    tokens = min(max(1024, int(free / token) // 1024 * 1024), 8192)
+    return -dist.maximum(-tokens)  # of the rank with the least
 
 
 def sample_weights(weights):

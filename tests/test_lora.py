@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ARCHITECTURES, GROUPED, build, random_pairs, tiny_model
 from safetensors.torch import load_file
 
@@ -137,6 +138,36 @@ def test_a_16_bit_base_stays_as_it_is_and_adapters_start_alike_in_all_dtypes():
     for name, layer in lora_layers(model):
         assert torch.equal(layer.base.weight, weights[f"{name}.base.weight"])
         assert layer.base.weight.grad is None and layer.A.grad.any() and layer.B.grad.any()
+
+
+@pytest.mark.parametrize("rank, bias", [(16, False), (3, True)])
+def test_a_16_bit_adapter_far_below_the_grid_of_the_bases_output_is_not_lost(rank, bias):
+    torch.manual_seed(0)
+    base = torch.nn.Linear(256, 512, bias=bias).bfloat16().requires_grad_(False)
+    layer = LoRALinear(base, rank, 2 * rank)
+    torch.nn.init.normal_(layer.B, std=2e-4)
+    x = torch.randn(4, 50, 256).bfloat16().requires_grad_()
+    with torch.no_grad():
+        low = 2.0 * F.linear(x, layer.A)
+        change = F.linear(low, layer.B).float()  # far less than a step of the output's grid
+        assert change.std() < 0.2 * torch.finfo(torch.bfloat16).eps * base(x).float().std()
+    output = layer(x)
+    seen = (output - base(x)).float()
+    twice = (base(x) + F.linear(low, layer.B) - base(x)).float()  # control
+    shares = [((each * change).sum() / change.square().sum()).item() for each in (seen, twice)]
+    assert 0.95 < shares[0] < 1.05 and shares[1] < 0.8, shares
+    # Gradients, beside those of the formula in float64.
+    weights = {name: tensor.detach().double().requires_grad_()
+               for name, tensor in (("x", x), ("A", layer.A), ("B", layer.B))}
+    exact = weights["x"] @ base.weight.double().T + 2 * (
+        weights["x"] @ weights["A"].T) @ weights["B"].T
+    factors = torch.randn(4, 50, 512)
+    (exact * factors).sum().backward()
+    (output * factors).sum().backward()
+    for name, tensor in (("x", x), ("A", layer.A), ("B", layer.B)):
+        right, found = weights[name].grad, tensor.grad.double()
+        assert (found - right).norm() < 0.01 * right.norm(), name
+    assert base.weight.grad is None
 
 
 def test_saved_buffers_keep_their_dtype():

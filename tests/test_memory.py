@@ -10,6 +10,8 @@ from conftest import ROOT
 
 sys.path.insert(0, f"{ROOT}/bench")
 import memory  # noqa: E402
+
+from infra import models  # noqa: E402
 from infra.models import cast_weights  # noqa: E402
 
 # Almost all weights are in two tables: V words of D numbers. A pair has N answer tokens.
@@ -120,3 +122,16 @@ def test_live_bytes_follow_allocations_and_frees():
 def test_an_unknown_shape_is_refused():
     with pytest.raises(SystemExit):
         memory.parse(["--shape", "none"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags, gigabytes", [
+    ("--shape smollm2-135m", 8), ("--shape 8b --lora_rank 16 --gradient_checkpointing", 23)])
+def test_the_default_tokens_per_batch_is_predicted_to_fit(flags, gigabytes, monkeypatch):
+    args = memory.parse(flags.split())
+    model = memory.build(args, torch.device("meta"))
+    free = int(gigabytes * 1e9) - memory.bytes_of(model.parameters())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 0))
+    args.tokens_per_batch = models.tokens_that_fit(model, args.gradient_checkpointing)
+    assert 2048 < args.tokens_per_batch < 8192
+    assert 0.6 * gigabytes < memory.predict(args)["step"] / 1e9 < gigabytes
