@@ -240,6 +240,29 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@torch.no_grad()
+def test_a_window_takes_no_wide_integers_of_rows_times_tokens_squared():
+    model, batch = tiny_model("mistral_window"), collate(random_pairs(6), share_prefix=True)
+    tokens = batch.input_ids.numel()
+
+    class Integers(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            if isinstance(result, torch.Tensor) and result.dtype == torch.int64:
+                self.largest = max(self.largest, result.numel())
+            return result
+
+    with Integers() as integers:
+        rdpo.attention_mask(model, batch)
+    assert integers.largest <= tokens
+    with Integers() as integers:  # control
+        position = batch.position_ids
+        position[:, :, None] - position[:, None, :]
+    assert integers.largest > tokens
+
+
 def test_no_tensor_of_tokens_times_vocabulary_ever_exists(monkeypatch):
     vocab, pairs = 10000, random_pairs(24)
     model, batch = tiny_model(vocab=vocab), collate(pairs, share_prefix=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import random_pairs, read_metrics, tiny_model
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import collate
 from infra import checkpoint, models, rounding
@@ -154,6 +155,30 @@ def test_gradients_are_added_in_float32():
     for factor in [1.0] + 256 * [1 / 256]:
         (layer.weight * factor).sum().backward()
     assert master.grad.item() == 2
+
+
+def test_a_pass_of_rounding_takes_as_many_operations_however_many_weights_there_are():
+    """On a GPU each is a kernel: one loop over 300 weights had 26 of them for each."""
+    counts = []
+    for name in ("llama", "gpt_neox"):
+        masters = Masters(tiny_model(name).bfloat16(), torch.bfloat16, seed=0)
+        with Operations() as operations:
+            masters.round(1)
+        counts.append((len(masters.pairs), operations.count))
+    (few, one), (many, other) = counts
+    assert few < many and one == other < 60
+    masters = Masters(tiny_model(), torch.float32, seed=0)
+    with Operations() as operations:  # float32 has nothing to round
+        masters.round(1)
+    assert operations.count == 0
+
+
+class Operations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **kwargs or {})
 
 
 def test_under_float32_the_masters_are_the_weights():

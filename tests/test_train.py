@@ -24,8 +24,10 @@ import rdpo
 import train
 from data import (collate, count_chosen, epoch_order, load_pairs, longest_row, micro_batches,
                   split_train_val)
+from infra import models
 from infra.command import BadInput
 from infra.models import TOY_STUDENT
+from infra.runlog import compile_note
 from infra.selfcheck import check_equal
 
 
@@ -533,6 +535,30 @@ def test_gradient_checkpointing_changes_no_result(
         assert all(one[name] == pytest.approx(two[name], abs=1e-6)
                    for name in ("loss", "grad_norm", "logps/chosen"))
     assert same_weights(weights_of(tmp_path / "plain"), weights_of(tmp_path / "checkpointed"))
+
+
+def test_checkpointing_saves_no_state_of_random_numbers(monkeypatch):
+    """Nothing draws any; on a GPU each save would wait."""
+    model, calls = tiny_model(), []
+    monkeypatch.setattr(torch, "get_rng_state", lambda: calls.append(1))
+    models.checkpoint_layers(model)
+    model(input_ids=torch.arange(5)[None]).logits.sum().backward()
+    assert not calls and model.model.layers[0].mlp.up_proj.weight.grad.any()
+
+
+def test_a_line_says_that_the_limit_of_graphs_was_met(monkeypatch):
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["unimplemented"]
+    counters.clear()
+    assert compile_note() == ""
+    torch._dynamo.config.recompile_limit = 2
+    function = torch.compile(lambda x, n: x * n, backend="eager", dynamic=False)
+    for number in range(4):
+        function(torch.ones(2), number)
+    torch._dynamo.config.recompile_limit = limit
+    assert "met the limit of graphs" in compile_note()
+    counters.clear()
 
 
 def test_compile_changes_no_result_and_is_bounded(
