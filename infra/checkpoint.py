@@ -236,9 +236,7 @@ def student_weights(policy, masters, dtype, seed):
     for name, tensor in merged(policy, weights):
         if name in policy.all_tied_weights_keys:
             continue
-        lowest, highest = tensor.aminmax()
-        top = torch.finfo(dtype).max
-        if name not in buffers and not -top <= lowest <= highest <= top:  # or nan
+        if name not in buffers and not tensor.abs().max() <= torch.finfo(dtype).max:  # or nan
             too_large.append(name)
         if name not in buffers and dtype in DROPPED_BITS and tensor.dtype != dtype:
             tensor = stochastic_round(tensor.float(), dtype, seed, "save", name)
