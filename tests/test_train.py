@@ -537,6 +537,15 @@ def test_gradient_checkpointing_changes_no_result(
     assert same_weights(weights_of(tmp_path / "plain"), weights_of(tmp_path / "checkpointed"))
 
 
+def test_a_saved_student_goes_to_the_gpu_only_if_it_leaves_room(monkeypatch):
+    model = tiny_model()
+    size = sum(weight.nbytes for weight in model.parameters())
+    for free, fits in ((1.2 * size, False), (1.5 * size, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 0))
+        assert models.fits(model, "cuda") == fits
+    assert models.fits(model, "cpu")
+
+
 def test_checkpointing_saves_no_state_of_random_numbers(monkeypatch):
     """Nothing draws any; on a GPU each save would wait."""
     model, calls = tiny_model(), []
