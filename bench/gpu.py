@@ -89,6 +89,7 @@ class Bench:
         self.results, self.wrong, self.failed = [], [], 0
         self.measured = {}  # name of a throughput case -> its figures
         self.pool = ThreadPoolExecutor(4)  # for what needs the CPU only
+        self.predict = functools.cache(functools.partial(self.pool.submit, predict_memory))
         self.head = ""
         os.makedirs(args.out_dir, exist_ok=True)
         self.work = tempfile.mkdtemp(prefix="gpu-bench-")
@@ -134,6 +135,12 @@ class Bench:
         if self.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+            self.limit_memory(math.inf)
+
+    def limit_memory(self, size):
+        if self.cuda:
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, size / total))
 
     def record(self, section, name, began, result, figures):
         self.failed += result.startswith("failed")
@@ -167,16 +174,13 @@ def markdown(head, results):
 
 
 def machine(cuda):
-    line = (f"{os.cpu_count()} CPU cores, torch {torch.__version__}, transformers "
-            f"{transformers.__version__}")
-    if cuda:
-        card = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], check=True,
-            capture_output=True, text=True).stdout.split("\n")[0].replace(", ", ", driver ")
-        free, total = torch.cuda.mem_get_info()
-        line = (f"{card}, {free / GB:.1f} of {total / GB:.1f} GB free, CUDA {torch.version.cuda}, "
-                f"cuDNN {torch.backends.cudnn.version()}, {line}")
-    return line
+    cpu = (f"{os.cpu_count()} CPU cores, torch {torch.__version__}, transformers "
+           f"{transformers.__version__}")
+    if not cuda:
+        return cpu
+    card = subprocess.check_output(["nvidia-smi", "--format=csv,noheader", "--query-gpu=name,"
+                                    "driver_version,memory.free,memory.total"], text=True)
+    return f"{card.splitlines()[0]}, cuDNN {torch.backends.cudnn.version()}, {cpu}"
 
 
 # --------------------------------------------------------------------------------------- throughput
@@ -217,6 +221,7 @@ class Case(NamedTuple):
         return make_data(ragged_pairs(pairs, self.vocab, **lengths, seed=seed), self.vocab)
 
 
+SMALL_CARD = Case("8b", 2048, 16, lora=True, checkpointing=True)
 FIRST_CASES = [Case("1b", 8192), Case("smollm2-135m", 8192),
                Case("8b", 8192, lora=True, checkpointing=True), Case("8b", 8192, lora=True),
                Case("solar-10.7b", 16384, 48, lora=True, checkpointing=True)]
@@ -225,9 +230,8 @@ LATER_CASES = [Case("1b", 8192, compile=True), Case("8b", 8192, lora=True, compi
                Case("1b", 8192, head_power=30), Case("1b", 8192, head_power=26),
                Case("smollm2-135m", 2048), Case("1b", 2048),
                Case("smollm2-135m", 16384), Case("1b", 16384),
-               Case("8b", 2048, lora=True, checkpointing=True)]
+               SMALL_CARD]
 TINY_CASES = [Case("tiny", 2048, 4), Case("tiny", 2048, 4, lora=True, checkpointing=True)]
-SMALL_CARD = Case("8b", 2048, 16, lora=True, checkpointing=True)
 
 
 def build(shape, device):
@@ -265,7 +269,8 @@ def speed_of(bench, case, step, data, flops):
     # Compiled layers meet all shapes, and so all their graphs, before the clock starts.
     warm = [timed(step, part) for part in parts[:2] + parts * case.compile]
     rounds = 1 if bench.tiny else max(1, math.ceil(3 / (warm[-1] * count)))  # 3 seconds or more
-    bench.free()
+    if bench.cuda:
+        torch.cuda.reset_peak_memory_stats()
     seconds = sum(timed(step, part) for part in rounds * parts) / rounds / count  # of a step
     batches = [[part.pairs[i] for i in indices] for part in parts for indices in
                train.rank_batches(part.pairs, range(case.pairs), True, step.args)]
@@ -321,7 +326,7 @@ def measure_peak(bench, case, step):
     torch.cuda.reset_peak_memory_stats()
     step(data)
     allocated = torch.cuda.max_memory_allocated() / GB
-    predicted = bench.predictions[case.name].result()["training"]
+    predicted = bench.predict(case).result()["training"]
     ratio = predicted / allocated
     bench.record("memory", case.name, began,
                  "passed" if 0.9 <= ratio <= 1.1 else "failed: off by more than a tenth",
@@ -332,18 +337,7 @@ def measure_peak(bench, case, step):
 def check_small_card(bench):
     """8B LoRA with checkpointing on what a 24 GB card has: steps, export, the saved check."""
     case = TINY_CASES[1] if bench.tiny else SMALL_CARD
-    if bench.cuda:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, 23 * GB / total))
-    try:
-        return stages_of(bench, case)
-    finally:
-        if bench.cuda:
-            torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-def stages_of(bench, case):
-    """Seconds and peaks of a run's stages, from a random model to the check of the saved one."""
+    bench.limit_memory(23 * GB)
     peaks, figures = StagePeaks(bench.device), {}
     step = take(build(case.shape, bench.device), case)
     args = step.args
@@ -369,9 +363,8 @@ def stages_of(bench, case):
     figures["margin as saved"] = re.search("margin (.*?) \\(", text.getvalue())[1]
     bench.expect("warning" not in text.getvalue(), text.getvalue())
     for stage, peak in peaks.gigabytes.items():  # on CUDA
-        predicted = bench.predictions[case.name].result()
         figures[f"{stage} GB"] = f"{peak:.2f}"
-        figures[f"predicted {stage} GB"] = predicted[stage]
+        figures[f"predicted {stage} GB"] = bench.predict(case).result()[stage]
     return figures
 
 
@@ -488,7 +481,7 @@ def all_checks(tiny, cuda):
             correct("rounding", checks.check_rounding), *modes[:2],
             correct("step-0 gate", checks.check_gate), *modes[2:],
             *speed(TINY_CASES if tiny else FIRST_CASES), Check("trl", "runs", check_trl),
-            Check("memory", "24 GB card, 8b LoRA checkpointing 2048", check_small_card),
+            Check("memory", f"24 GB card, {SMALL_CARD.name}", check_small_card),
             correct("resume", checks.check_resume), correct("compile", checks.check_compile),
             correct("leaks and syncs", checks.check_leaks),
             correct("fp16 overflow", checks.check_overflow), *speed([] if tiny else LATER_CASES),
@@ -524,9 +517,9 @@ def main(argv=None):
     try:
         if any(check.name.startswith("train.py") for check in checks):
             bench.cpu_runs = gpu_checks.start_cpu_runs(bench)
-        bench.predictions = {case.name: bench.pool.submit(predict_memory, case)
-                             for case in FIRST_CASES + LATER_CASES
-                             if bench.cuda and case.predictable}
+        for case in FIRST_CASES + LATER_CASES:  # a prediction takes 20 s
+            if case.predictable and any(case.name in check.name for check in checks):
+                bench.predict(case)
         for check in checks:
             bench.run(check)
     finally:
