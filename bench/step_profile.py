@@ -3,15 +3,17 @@
     python bench/step_profile.py [--model DIR] [--batch_size 4] [--tokens_per_batch 2048] \\
         [--data rows.jsonl --max_length 512] [--gradient_checkpointing]
 
-Random token ids of one length, or the rows of --data as they are; float32 on a CPU, bfloat16
-autocast on CUDA. Counted FLOPs are those that the layout needs: each prompt once, the output head
-for answer tokens only, attention for the pairs of tokens that see each other; 2 per multiply-add
-forward, 4 backward. MFU is against the dense bfloat16 peak of an H100.
+Random token ids of one length, or the rows of --data as they are. A step is train.py's, in the
+compute dtype that it takes on the machine: forward, backward, clipping, AdamW on the float32
+masters and, in 16 bits, their rounding. Counted FLOPs are those that the layout needs: each prompt
+once, the output head for answer tokens only, attention for the pairs of tokens that see each other;
+2 per multiply-add forward, 4 backward. MFU is against the dense bfloat16 peak of an H100.
 
 "Matrix products alone" is the time of the step's products (mm, addmm, bmm), of the same shapes and
 strides on other memory, one after the other: what no trainer in PyTorch can do without. (A file
 named profile.py would hide Python's own from PyTorch.)
 """
+import math
 import os
 import re
 import sys
@@ -22,12 +24,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TOY_ROWS = os.path.join(ROOT, "toy", "scored.jsonl")
 sys.path.insert(0, ROOT)
 
-from data import Pair, batch_tokens, collate, load_pairs, longest_row, micro_batches  # noqa: E402
+import infra.distributed as dist  # noqa: E402
+import train  # noqa: E402
+from data import Pair, batch_tokens, collate, load_pairs, longest_row  # noqa: E402
 from infra.command import Parser, run  # noqa: E402
-from infra.models import checkpoint_layers, load_model, load_tokenizer  # noqa: E402
-from rdpo import rdpo_loss, sequence_logps  # noqa: E402
+from infra.models import cast_weights, load_model, load_tokenizer  # noqa: E402
+from infra.rounding import Masters  # noqa: E402
+from rdpo import preference_probability  # noqa: E402
 
 PEAK = 989e12  # FLOP/s, dense bfloat16, H100 and H200
 KINDS = {"matrix products": "mm|addmm_?|bmm",
@@ -35,6 +41,8 @@ KINDS = {"matrix products": "mm|addmm_?|bmm",
          "AdamW": "_fused_adamw_",
          "gradient norm": "linalg_vector_norm|_foreach_norm",
          "zeros and copies": "fill_|zero_|copy_|cat"}  # names of aten operations
+PARTS = {"TokenLogps": "head, forward", "TokenLogpsBackward": "head, backward",
+         "rounding": "rounding of the masters"}
 CUDA = torch.cuda.is_available()
 
 
@@ -54,31 +62,75 @@ def get_args():
     return parser.parse_args()
 
 
-def make_pairs(model, args):
+def make_pairs(vocab, args):
     if args.data:
         pairs, _ = load_pairs(args.data, load_tokenizer(args.model), 10**6, needs_scores=False)
         return [pair for pair in pairs if longest_row(pair) <= args.max_length][:args.batch_size]
-
-    def ids(length):
-        return torch.randint(len(model.get_input_embeddings().weight), (length,)).tolist()
-
-    return [Pair("", "", ids(args.prompt_tokens), ids(args.answer_tokens), ids(args.answer_tokens),
-                 None, None) for _ in range(args.batch_size)]
+    return equal_pairs(args.batch_size, vocab, args.prompt_tokens, args.answer_tokens)
 
 
-def train_step(model, optimizer, batches, pair_count):
-    """One optimizer step over all micro-batches; returns its seconds."""
+def equal_pairs(count, vocab, prompt, answer):
+    """Pairs of random ids, all of the same lengths."""
+    return [Pair(f"equal:{i}", "", *(torch.randint(vocab, (length,)).tolist()
+                                     for length in (prompt, answer, answer)), 4.0, 2.0)
+            for i in range(count)]
+
+
+def make_data(pairs, vocab):
+    """A train.Dataset whose reference gives every token the probability 1 / vocab."""
+    gaps = torch.tensor([pair.gap for pair in pairs]).nan_to_num()  # (P,), no scores: a tie
+    reference = [[-len(ids) * math.log(vocab) for ids in (pair.chosen_ids, pair.rejected_ids)]
+                 for pair in pairs]
+    return train.Dataset(pairs, True, torch.stack(
+        [*torch.tensor(reference).T, preference_probability(gaps, 0.0), gaps]))
+
+
+class Step:
+    """One optimizer step after the other, as train.py takes them."""
+
+    def __init__(self, model, args, loss_scale=2.0**16):
+        self.model, self.args, self.taken = model, args, 0
+        dtype = getattr(torch, args.dtype)
+        self.masters = Masters(model, dtype, args.seed)
+        self.optimizer = torch.optim.AdamW(self.masters.parameters(), lr=args.learning_rate,
+                                           weight_decay=args.weight_decay, fused=True)
+        self.scaler = torch.amp.GradScaler(model.device.type, init_scale=loss_scale,
+                                           enabled=dtype == torch.float16)
+        self.masters.round(0)
+
+    def backward(self, data):
+        sums, _ = train.accumulate_gradients(self.model, data, self.args, self.scaler)
+        self.masters.collect_gradients()
+        return sums
+
+    def update(self):
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.parameters(), self.args.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return norm
+
+    def round(self):
+        self.taken += 1
+        with torch.profiler.record_function("rounding"):
+            self.masters.round(self.taken)
+
+    def __call__(self, data):
+        """(loss, gradient norm)"""
+        sums = self.backward(data)
+        loss = sums.tolist()[0]  # train.py waits for the GPU here
+        norm = self.update().item()
+        self.round()
+        return loss, norm
+
+
+def timed(function, *args):
+    """Seconds of a call, its kernels included."""
+    if CUDA:
+        torch.cuda.synchronize()
     start = time.perf_counter()
-    for pairs in batches:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=CUDA):
-            batch = collate(pairs, share_prefix=True).to(model.device)
-            chosen, rejected = sequence_logps(model, batch).chunk(2)  # (B,) each
-        losses, _, _ = rdpo_loss(chosen, rejected, chosen.detach(), rejected.detach(),
-                                 torch.ones_like(chosen), 0.1)
-        (losses.sum() / pair_count).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+    function(*args)
     if CUDA:
         torch.cuda.synchronize()
     return time.perf_counter() - start
@@ -104,19 +156,12 @@ class Products(TorchDispatchMode):
         for (function, tensors), count in self.counts.items():
             inputs = [torch.empty_strided(shape, stride, dtype=dtype, device=device).normal_()
                       for shape, stride, dtype in tensors]
-            times = []
-            for _ in range(3):
-                start = time.perf_counter()
-                function(*inputs)
-                if CUDA:
-                    torch.cuda.synchronize()
-                times.append(time.perf_counter() - start)
-            total += count * min(times)
+            total += count * min(timed(function, *inputs) for _ in range(3))
         return total
 
 
 def print_shares(profile):
-    """Print the share of the output head and of each kind of operation in the profiled time."""
+    """Print the shares of the head, of rounding and of each kind of operation in the time."""
     # On CUDA, a CPU event includes the time of the kernels that it starts.
     events = [event for event in profile.key_averages()
               if event.device_type == torch.autograd.DeviceType.CPU]
@@ -124,11 +169,10 @@ def print_shares(profile):
                  for event in events}  # microseconds, without the operations called inside
     total = sum(self_time.values())
     for event in events:
-        if event.key in ("TokenLogps", "TokenLogpsBackward"):
-            name = "head, backward" if "Backward" in event.key else "head, forward"
+        if event.key in PARTS:
             spent = event.device_time_total if CUDA else event.cpu_time_total
-            print(f"{name:30s} {spent / total:6.1%}")
-    print("\nby kind of operation, the head's included")
+            print(f"{PARTS[event.key]:30s} {spent / total:6.1%}")
+    print("\nby kind of operation, these included")
     for kind, names in KINDS.items():
         matching = [key for key in self_time if re.fullmatch(f"aten::({names})", key)]
         print(f"{kind:30s} {sum(map(self_time.pop, matching)) / total:6.1%}")
@@ -154,28 +198,32 @@ def count_flops(model, pairs):
 
 def main():
     args = get_args()
-    model = load_model(args.model).to("cuda" if CUDA else "cpu")
-    if args.gradient_checkpointing:
-        checkpoint_layers(model)
-    if args.compile:
-        model.base_model.compile(dynamic=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    pairs = make_pairs(model, args)
-    batches = [[pairs[i] for i in indices] for indices in
-               micro_batches(pairs, range(len(pairs)), args.tokens_per_batch, share_prefix=True)]
+    train_args = train.get_args(
+        ["--data", TOY_ROWS, "--device", "cuda" if CUDA else "cpu", "--tokens_per_batch",
+         str(args.tokens_per_batch), *["--gradient_checkpointing"] * args.gradient_checkpointing,
+         *["--compile"] * args.compile])
+    device, dtype = dist.setup(train_args)
+    model = load_model(args.model)
+    cast_weights(model, dtype)
+    train.place(model, train_args, device, dtype)
+    vocab = model.config.get_text_config().vocab_size
+    pairs = make_pairs(vocab, args)
+    data, step = make_data(pairs, vocab), Step(model, train_args)
 
-    train_step(model, optimizer, batches, len(pairs))  # warm up
+    step(data)  # warm up
     with Products() as products:
-        train_step(model, optimizer, batches, len(pairs))
-    alone = products.seconds(model.device)
-    seconds = min(train_step(model, optimizer, batches, len(pairs)) for _ in range(args.steps))
+        step(data)
+    alone = products.seconds(device)
+    seconds = min(timed(step, data) for _ in range(args.steps))
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] * CUDA
     with torch.profiler.profile(activities=activities) as profile:
-        train_step(model, optimizer, batches, len(pairs))
+        timed(step, data)
 
+    batches = train.rank_batches(pairs, range(len(pairs)), True, train_args)
     real = sum(batch_tokens(pair, True) for pair in pairs)
-    computed = sum(collate(batch, True).input_ids.numel() for batch in batches)
+    computed = sum(collate([pairs[i] for i in indices], True).input_ids.numel()
+                   for indices in batches)
     print(f"{len(pairs)} pairs in {len(batches)} batches: {seconds:.3f} s per step, "
           f"{len(pairs) / seconds:.2f} pairs/s, {real / seconds:.0f} tokens/s; {real} tokens, "
           f"{real / computed:.3f} of those that are computed\n"

@@ -32,32 +32,48 @@ def test_a_failed_check_is_counted_and_the_next_one_runs(tmp_path, capsys):
 
     bench = make_bench(tmp_path)
     for function in (breaks, measures_a_wrong_number, catches_its_control, cannot):
-        bench.run(gpu.Check("correctness", function.__name__, 0, function))
-    bench.run(gpu.Check("correctness", "long", 2e6, breaks))
+        bench.run(gpu.Check("correctness", function.__name__, function))
+    bench.args.seconds = 0
+    bench.run(gpu.Check("correctness", "late", breaks))
     assert bench.failed == 2
-    results = [line["result"] for line in bench.results]
+    lines = [json.loads(line) for line in
+             (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    results = [line["result"] for line in lines]
     assert results[:4] == ["failed: ValueError: broken", "failed: 1 is not 2", "passed",
                            "skipped: no card"]
-    assert results[4].startswith("skipped: takes about 2000000 s")
+    assert results[4].startswith("skipped: takes about 15 s")
     output = capsys.readouterr()
     assert "measures_a_wrong_number: failed" in output.out and "on purpose" in output.err
-    lines = (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == bench.results
+    assert [line.get("figure") for line in lines] == [None, 1, None, None, None]
     assert "| catches_its_control | 0.0 | passed | control caught |" in (
         tmp_path / "GPU.md").read_text(encoding="utf-8")
 
 
 def test_a_control_that_is_not_caught_fails_the_check(tmp_path):
     bench = make_bench(tmp_path)
-    bench.run(gpu.Check("correctness", "blind", 0, lambda bench: bench.control(False)))
-    assert bench.failed == 1 and bench.results[0]["control"] == "NOT CAUGHT"
+    bench.run(gpu.Check("correctness", "blind", lambda bench: bench.control(False)))
+    assert bench.failed == 1 and "control NOT CAUGHT" in (tmp_path / "GPU.md").read_text()
 
 
 def test_only_selects_by_the_beginning_of_a_check_or_section():
     checks = gpu.all_checks(tiny=False, cuda=True)
+    assert len({(check.section, check.name) for check in checks}) == len(checks)
     assert [check.name for check in gpu.selected(checks, "masks,logps")] == ["masks", "logps"]
     assert {check.section for check in gpu.selected(checks, "throughput")} == {"throughput"}
     assert gpu.selected(checks, None) == checks
+
+
+def test_a_prediction_is_memory_s_by_stage(tmp_path, monkeypatch):
+    def printed(command, **_):
+        assert command[1:] == [gpu.memory.__file__, "--shape", "8b", "--tokens_per_batch", "2048",
+                               "--lora_rank", "16", "--gradient_checkpointing"]
+        lines = ("--shape 8b", "    start 17.1, step 18.2, export 17.7, check 16.7: 18.2 GB",
+                 "    step: weights 16.1")
+        return subprocess.CompletedProcess(command, 0, "\n".join(lines))
+
+    monkeypatch.setattr(subprocess, "run", printed)
+    assert make_bench(tmp_path).predict(gpu.SMALL_CARD).result() == {
+        "start": 17.1, "training": 18.2, "export": 17.7, "check": 16.7}
 
 
 def test_ragged_pairs_are_fixed_by_the_seed_and_clipped():
