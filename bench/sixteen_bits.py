@@ -14,6 +14,9 @@ rates. What is saved in float32 is shown a second time, cast to bfloat16 by tran
     kept      saved margin / trained margin
     changed   share of the weights that differ from the student's
 
+--emulate is for CPUs without bfloat16 units, which would take hours: bfloat16 products are computed
+in float32 and rounded once, as a GPU's are.
+
 TRL has no rDPO, so plain DPO is compared with it. Its virtual environment is made at the first run
 in ~/.cache/rdpo/trl, or given with --trl_python.
 """
@@ -50,6 +53,7 @@ parser.add_argument("--batch_size", type=int, default=8)
 parser.add_argument("--learning_rate", type=float, default=5e-6, help="10 times that with LoRA")
 parser.add_argument("--max_length", type=int, default=128)
 parser.add_argument("--only", choices=("ours", "trl"))
+parser.add_argument("--emulate", action="store_true", help="of ours: bfloat16 products in float32")
 args = parser.parse_args()
 transformers.logging.disable_progress_bar()
 
@@ -62,6 +66,7 @@ RDPO_RUNS = {
     "rdpo, LoRA, merged in float32": [*LORA, *FP32],
     "rdpo, LoRA, merged into bf16": [*LORA, *BF16],
     "rdpo, --dtype bfloat16, saved in bf16": [*BF16, "--dtype", "bfloat16"],
+    "rdpo, LoRA, --dtype bfloat16, saved in bf16": [*LORA, *BF16, "--dtype", "bfloat16"],
     "old way: --dtype bfloat16, to nearest": [*BF16, "--dtype", "bfloat16"]}
 DPO_RUNS = {"dpo, float32": ["--loss", "dpo", *FP32],
             "dpo, --dtype bfloat16, saved in bf16": ["--loss", "dpo", *BF16, "--dtype", "bfloat16"]}
@@ -75,8 +80,22 @@ import infra.checkpoint, infra.rounding, train
 def nearest(weight, dtype, *seed, start=0, out=None):
     return weight.to(dtype) if out is None else out.copy_(weight.to(dtype))
 infra.checkpoint.stochastic_round = infra.rounding.stochastic_round = nearest
-train.main(sys.argv[2:])
 """
+
+EMULATED = """
+import sys, torch, torch.nn.functional as F
+sys.path.insert(0, sys.argv[1])
+linear, attend = F.linear, F.scaled_dot_product_attention
+matmul, addmm_ = torch.Tensor.__matmul__, torch.Tensor.addmm_
+def wide(tensor):
+    return tensor.float() if tensor is not None and tensor.dtype == torch.bfloat16 else tensor
+F.linear = lambda x, weight, bias=None: linear(wide(x), wide(weight), wide(bias)).to(x.dtype)
+F.scaled_dot_product_attention = lambda q, k, v, attn_mask=None, **options: attend(
+    wide(q), wide(k), wide(v), attn_mask=wide(attn_mask), **options).to(q.dtype)
+torch.Tensor.__matmul__ = lambda a, b: matmul(wide(a), wide(b)).to(a.dtype)
+torch.Tensor.addmm_ = lambda total, a, b: total.copy_(wide(total) + matmul(wide(a), wide(b)))
+"""
+TRAIN = "import sys; sys.path.insert(0, sys.argv[1]); import train; train.main(sys.argv[2:])"
 
 
 def run(*command):
@@ -129,7 +148,8 @@ def show(name, folder, losses, trained_margin, student, pairs, tau):
 def train(folder, name, flags, *shown_with):
     """Run train.py on the files of a folder and show its student. Returns its learning rates."""
     out_dir = f"{folder}/ours"
-    program = ["-c", OLD_WAY, ROOT] if name.startswith("old way") else [f"{ROOT}/train.py"]
+    program = [OLD_WAY] * name.startswith("old way") + [EMULATED] * args.emulate + [TRAIN]
+    program = ["-c", "\n".join(program), ROOT]
     run(sys.executable, *program, "--model", f"{folder}/student", "--data", f"{folder}/train.jsonl",
         "--eval_data", f"{folder}/validation.jsonl", "--cache_dir", f"{folder}/cache",
         "--out_dir", out_dir, "--overwrite", "--device", "cpu", "--max_length", args.max_length,
