@@ -217,9 +217,10 @@ def test_the_mask_has_the_dtype_of_the_models_products_and_strides_that_never_ch
         assert mask.stride(2) % 8 == 0 and width < mask.stride(2) <= width + 8
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
-def test_bfloat16_is_the_models_own_up_to_rounding():
-    model, pairs = tiny_model(), random_pairs(6)
+def test_bfloat16_is_the_models_own_up_to_rounding(name):
+    model, pairs = tiny_model(name), random_pairs(6)
     exact = plain_sequence_logps(model, pairs)
     batch, model = collate(pairs), model.bfloat16()
     own, fast = plain_sequence_logps(model, pairs), sequence_logps(model, batch)
