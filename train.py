@@ -8,7 +8,6 @@ From top to bottom: the losses, one forward pass, the reference pass, main() (da
 reference, optimizer, loop, export), the flags. The loss of a pair and the log-probabilities are
 rdpo.py's; tokens and batches are data.py's. infra/ can be skipped at first.
 """
-import argparse
 import contextlib
 import functools
 import math
@@ -291,7 +290,6 @@ def train_student(args, device, dtype):
     cache = ReferenceCache(os.path.expanduser(args.cache_dir), policy, " ".join(computed_as))
     place(policy, args, device, dtype)
     share_prefix = choose_layout(policy, train_pairs + val_pairs, args)
-
     peaks = StagePeaks(device)
     peaks.end("start")
 
@@ -309,7 +307,6 @@ def train_student(args, device, dtype):
         del policy
         policy, saved_dtype, weights_before = load_policy(model_name, args, dtype)
         place(policy, args, device, dtype)
-
     peaks.end("reference")
 
     # Optimizer: AdamW on the float32 masters. The gradient scaler acts under float16 only.

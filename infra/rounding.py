@@ -43,7 +43,10 @@ def stochastic_round(weight, dtype, *seed, start=0, out=None):
 
 
 def worth_compiling(x):
-    """Whether a GPU's some 30 passes over x cost more than compiling one, which needs C."""
+    """Whether so many elements, on a GPU, repay compiling all operations into one pass over them.
+
+    Compiling takes seconds and needs a C compiler.
+    """
     return x.is_cuda and len(x) > 2**25 and any(map(shutil.which, ("gcc", "clang")))
 
 
