@@ -106,15 +106,18 @@ def fits(model, device):
 def tokens_that_fit(model, checkpointing):
     """--tokens_per_batch by the memory that a GPU has left beside a model: 1,024 to 8,192.
 
-    A trained weight takes 16 bytes more (master, gradient, moments). A token takes up to 64 bytes
-    per hidden unit of each layer (bench/memory.py counts 49 to 62); with checkpointing 4, and 64
-    in the layer at work. Chunks of logits take 1 GB at most.
+    A trained weight takes 16 bytes more (master, gradient, moments). A token takes, in each layer,
+    about 36 bytes per hidden and 8 per intermediate unit (1.0 to 1.3 times what bench/memory.py
+    counts for Llamas); with checkpointing 4 per hidden unit, and the whole in the layer at work.
+    Chunks of logits take 1 GB at most.
     """
     config = model.config.get_text_config()
+    hidden, wide = config.hidden_size, vars(config).get("intermediate_size")
+    layer = 36 * hidden + 8 * (wide if isinstance(wide, int) else 4 * hidden)
     trained = sum(dist.local_shard(weight)[0].numel() for weight in model.parameters()
                   if weight.requires_grad)
     layers = config.num_hidden_layers
-    token = (4 * layers + 64 if checkpointing else 64 * layers) * config.hidden_size
+    token = 4 * layers * hidden + layer if checkpointing else layers * layer
     free = 0.9 * torch.cuda.mem_get_info()[0] - 16 * trained - 1e9
     tokens = min(max(1024, int(free / token) // 1024 * 1024), 8192)
     return -dist.maximum(-tokens)  # of the rank with the least

@@ -546,6 +546,19 @@ def test_a_saved_student_goes_to_the_gpu_only_if_it_leaves_room(monkeypatch):
     assert models.fits(model, "cpu")
 
 
+def test_the_default_tokens_per_batch_knows_every_architecture_and_wide_layers(monkeypatch):
+    def tokens(model, free):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 0))
+        return models.tokens_that_fit(model, False)
+
+    for name in ARCHITECTURES:
+        assert tokens(tiny_model(name), 0) == 1024 and tokens(tiny_model(name), 2**40) == 8192
+    narrow, wide = (build("Llama", **GROUPED | {"intermediate_size": size})(97)
+                    for size in (128, 1024))
+    free = 1_140_000_000  # 1 GB and a tenth are set aside
+    assert 8192 > tokens(narrow, free) > tokens(wide, free) >= 1024
+
+
 def test_checkpointing_saves_no_state_of_random_numbers(monkeypatch):
     """Nothing draws any; on a GPU each save would wait."""
     model, calls = tiny_model(), []
