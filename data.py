@@ -8,35 +8,33 @@ A row is a JSON object that grows from stage to stage of the pipeline:
 
     row -> prompt_text, answer_text    the chat template
         -> Pair                        token ids, cut to max_length
-        -> micro_batches, collate      Batch: tensors
+        -> micro_batches, collate      Batch: tensors of sequences
 
     python data.py scored.jsonl [--model DIR]      report on the rows; one pair token by token
     python data.py scored.jsonl --label labels.jsonl      label pairs; --calibrate: T from labels
-    python data.py --audit out      the pairs on which student and judge disagree
     python data.py --task tasks/safety.toml --out prompts.jsonl      fetch a behaviour's prompts
 """
 import dataclasses
-import functools
-import heapq
 import json
 import math
-import os
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
 
-from infra.command import (BadInput, Parser, at_least, one_line, refuse, run,
-                           template_kwargs)
-from infra.audit import show_audit
+from infra.command import BadInput, Parser, at_least, one_line, run, template_kwargs
 from infra.distributed import send
 from infra.fetch import make_prompts
+from infra.formats import canonical, has_input
 from infra.labels import calibrate, label
 from infra.models import TOY_STUDENT, load_tokenizer
+from infra.packing import pack
 from infra.report import show_report
-from infra.rows import (RowCounts, as_messages, canonical, check_pair, families, has_input,
-                        has_tau, is_cut, judge_of, score_gap, stream_rows)
+from infra.rows import (RowCounts, as_messages, check_judges, check_pair, families, has_tau, is_cut,
+                        judge_of, stream_rows)
+from infra.templates import control_tokens, refuse_control_tokens, template_note
+from rdpo import score_gap
 
 # ---------------------------------------------------------------------------------- text to tokens
 
@@ -51,15 +49,14 @@ def prompt_text(tokenizer, prompt):
     return bos + prompt + "\n\n"
 
 
-def answer_text(tokenizer, prompt, answer):
-    """The text that follows prompt_text: the answer and exactly one end-of-turn token.
+def answer_text(tokenizer, prompt, before, answer):
+    """The text that follows prompt_text (`before`): the answer and exactly one end-of-turn token.
 
     That token is the control token that the chat template writes after an assistant's message,
     or eos if it writes none. Whatever the template writes behind it is no part of the answer.
     """
     after = answer
     if tokenizer.chat_template:
-        before = prompt_text(tokenizer, prompt)
         messages = as_messages(prompt) + [{"role": "assistant", "content": answer}]
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
         # Some templates render a finished turn differently (thinking blocks): then answer + eos.
@@ -74,37 +71,9 @@ def answer_text(tokenizer, prompt, answer):
     return after[:start] + token
 
 
-def template_note(tokenizer, prompt):
-    """A line about a chat template that renders an answer otherwise than it asks for one, or "".
-
-    Thinking templates do: a finished answer gets an empty block that the student learns to write.
-    """
-    if not tokenizer.chat_template:
-        return ""
-    before, answer = prompt_text(tokenizer, prompt), "An answer."
-    whole = tokenizer.apply_chat_template(
-        as_messages(prompt) + [{"role": "assistant", "content": answer}], tokenize=False)
-    same = len(os.path.commonprefix([before, whole]))
-    asked, rendered = before[same:], whole[same:].partition(answer)[0]
-    if asked.strip() == rendered.strip():
-        return ""
-    return (f"template: it writes {rendered!r} before a finished answer, and {asked!r} when it "
-            "asks for one; --template_kwargs may make both alike, see docs/pipeline.md")
-
-
-@functools.cache
-def control_tokens(tokenizer):
-    """Tokens that ordinary text must not hold: end of turn, beginning of text and the like."""
-    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-
-
-def refuse_control_tokens(tokenizer, prompt, answers, where):
-    """BadInput if a text holds a control token: it would end its turn, or begin another one."""
-    texts = [("the prompt", message["content"]) for message in as_messages(prompt)]
-    for what, text in texts + [("an answer", answer) for answer in answers]:
-        found = [token for token in control_tokens(tokenizer) if token in text]
-        refuse(where, (found, f"{what} holds the control token {', '.join(found)}; give the bare "
-                              "text without it, or run with --skip_bad_rows"))
+def token_ids(tokenizer, text):
+    """Without the tokenizer's warning of a long text: truncate() may still cut it."""
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
 def encode_prompt(tokenizer, prompt):
@@ -112,19 +81,19 @@ def encode_prompt(tokenizer, prompt):
     return token_ids(tokenizer, prompt_text(tokenizer, prompt))
 
 
-def token_ids(tokenizer, text):
-    """Without the tokenizer's warning of a long text: truncate() may still cut it."""
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+def encode_answers(tokenizer, prompt, answers):
+    """(ids of the prompt, [ids of each answer]), such that both in turn are what the model reads.
 
-
-def encode_answer(tokenizer, prompt, prompt_ids, answer):
-    """Token ids of answer_text, such that prompt_ids + answer ids is what the model reads."""
-    before, after = prompt_text(tokenizer, prompt), answer_text(tokenizer, prompt, answer)
-    whole_ids = token_ids(tokenizer, before + after)
-    if whole_ids[:len(prompt_ids)] == prompt_ids:
-        return whole_ids[len(prompt_ids):]
-    # The tokenizer merged the prompt's end with the answer's start: tokenize the answer alone.
-    return token_ids(tokenizer, after)
+    jinja2.TemplateError if the chat template refuses the prompt or an answer.
+    """
+    before = prompt_text(tokenizer, prompt)
+    after = [answer_text(tokenizer, prompt, before, answer) for answer in answers]
+    # Whole texts: an answer by itself may begin with another token than behind its prompt.
+    prompt_ids, *whole = token_ids(tokenizer, [before, *(before + text for text in after)])
+    size = len(prompt_ids)
+    # If the tokenizer merged the prompt's end with the answer's start: the answer by itself.
+    return prompt_ids, [ids[size:] if ids[:size] == prompt_ids else token_ids(tokenizer, text)
+                        for ids, text in zip(whole, after)]
 
 
 MIN_PROMPT = 64  # tokens of the prompt that truncation keeps before it cuts the answers
@@ -154,12 +123,17 @@ class Pair:
     prompt_ids: list
     chosen_ids: list
     rejected_ids: list
-    score_chosen: float | None
-    score_rejected: float | None
+    score_gap: float = math.nan  # s_r - s_o in points on a 5-point scale, nan without both scores
+    tau: float = math.nan  # the row's own tau, nan if it has none
     group: str | None = None  # the row's `group` as JSON
     behaviour: str = ""
     judge: str = ""  # who gave the scores, "" if the row does not say
     scale: float | None = None  # width of the judge's scale, None if the row does not say
+    path: str = ""  # the file of rows
+
+    @property
+    def answers(self):
+        return self.chosen_ids, self.rejected_ids
 
     @property
     def names(self):
@@ -168,10 +142,9 @@ class Pair:
         return [name for name in names if name is not None]
 
     @property
-    def gap(self):
-        """score_chosen - score_rejected in points of a scale of 5; nan if a score is missing."""
-        scores = self.score_chosen, self.score_rejected
-        return math.nan if None in scores else score_gap(*scores, self.scale)
+    def lean(self):
+        """Above 0: the judge prefers chosen; below 0: rejected; 0: a tie; nan: not judged."""
+        return self.score_gap if math.isnan(self.tau) else self.tau - 0.5
 
 
 def load_pairs(path, tokenizer, max_length, needs_scores, skip_bad_rows=False):
@@ -195,39 +168,42 @@ def load_pairs(path, tokenizer, max_length, needs_scores, skip_bad_rows=False):
             continue
         counts.rows += 1
         if pair:
+            pair.path = path
             pairs.append(pair)
             counts.joined += has_input(row)
-    reasons = "; ".join(counts.lines()) or "it has no rows"
-    refuse(path, (not pairs, f"no row left to use: {reasons}"))
+    if not pairs:
+        raise BadInput(f"{path}: no row left to use: "
+                       f"{'; '.join(counts.lines()) or 'it has no rows'}")
     counts.groups = len({pair.group for pair in pairs} - {None})
     return pairs, counts
 
 
 def encode_pair(row, where, tokenizer, max_length, needs_scores, counts):
     """The Pair of a canonical row; None if the row is left out, which drop() counts."""
-    prompt, chosen, rejected, score_chosen, score_rejected = check_pair(row, where, needs_scores)
+    prompt, chosen, rejected, scores, tau = check_pair(row, where, needs_scores)
     if not has_tau(row) and not {"score_chosen", "score_rejected"} <= row.keys():
         counts.unscored.append(where)
     name = tokenizer.name_or_path
-    refuse(where, (isinstance(prompt, list) and not tokenizer.chat_template,
-                   f"the prompt is chat messages or a transcript, but the tokenizer of {name} has "
-                   "no chat template; give --model an instruct model, or plain-text prompts"))
+    if isinstance(prompt, list) and not tokenizer.chat_template:
+        raise BadInput(f"{where}: the prompt is chat messages or a transcript, but the tokenizer "
+                       f"of {name} has no chat template; give --model an instruct model, or "
+                       "plain-text prompts")
     if is_cut(row):  # its end-of-turn token would teach the student to stop in mid-sentence
         return counts.drop("the teacher did not finish an answer (see teacher.finish)", where)
     if chosen == rejected:
         return counts.drop("chosen equals rejected", where)
     refuse_control_tokens(tokenizer, prompt, (chosen, rejected), where)
     try:
-        prompt_ids = encode_prompt(tokenizer, prompt)
-        chosen_ids = encode_answer(tokenizer, prompt, prompt_ids, chosen)
-        rejected_ids = encode_answer(tokenizer, prompt, prompt_ids, rejected)
+        prompt_ids, answers = encode_answers(tokenizer, prompt, (chosen, rejected))
     except TemplateError as error:
         raise BadInput(f"{where}: the chat template of {name} refuses this row: "
                        f"{one_line(str(error))}") from error
-    if needs_scores and None in (score_chosen, score_rejected):
+    behaviour, judge, scale = judge_of(row, where)
+    gap = math.nan if None in scores else score_gap(*scores, scale)
+    if needs_scores and math.isnan(gap) and math.isnan(tau):
         return counts.drop("no score", where)
-    cut = truncate(prompt_ids, chosen_ids, rejected_ids, max_length)
-    counts.truncated += cut != (prompt_ids, chosen_ids, rejected_ids)
+    cut = truncate(prompt_ids, *answers, max_length)
+    counts.truncated += cut != (prompt_ids, *answers)
     prompt_ids, chosen_ids, rejected_ids = cut
     if not chosen_ids:
         return counts.drop(f"no response token left after truncation, --max_length is {max_length}",
@@ -235,22 +211,7 @@ def encode_pair(row, where, tokenizer, max_length, needs_scores, counts):
     if chosen_ids == rejected_ids:
         return counts.drop("chosen equals rejected after truncation", where)
     group = None if row.get("group") is None else json.dumps(row["group"], sort_keys=True)
-    return Pair(where, prompt, *cut, score_chosen, score_rejected, group, *judge_of(row, where))
-
-
-def check_judges(pairs):
-    """BadInput if several judges scored the pairs and one of them has no scale.
-
-    A gap of 1 then means different things, which no temperature makes up for.
-    """
-    of_judge = {(pair.judge, pair.scale): pair for pair in reversed(pairs)
-                if not math.isnan(pair.gap)}  # the first pair of each
-    for (judge, scale), pair in of_judge.items():
-        refuse(pair.where, (
-            scale is None and len(of_judge) > 1,
-            f"scored by {judge or 'an unnamed judge'} on an unknown scale, and other rows are "
-            'scored otherwise; add "judge": {"scale": [lowest, highest]} to its rows, or train on '
-            "one judge's rows at a time"))
+    return Pair(where, prompt, *cut, gap, tau, group, behaviour, judge, scale)
 
 
 def split_train_val(pairs, share, seed, at_most=256):
@@ -278,17 +239,17 @@ def epoch_order(count, seed, epoch):
 # -------------------------------------------------------------------------------- pairs to batches
 
 
-PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, -1  # the segments of a pair; of the rest of a row
+PADDING = -1  # the segment of what stands behind a sequence
 
 
 @dataclass
 class Batch:
-    """B pairs as R rows of T tokens, padded on the right; N response tokens in all."""
-    share_prefix: bool  # a row holds whole pairs; else one answer
-    input_ids: torch.Tensor  # (R, T)
-    segments: torch.Tensor  # (R, T) 3 * number of the pair + its segment, or PADDING
-    position_ids: torch.Tensor  # (R, T) position in the token's own conversation
-    hidden_index: torch.Tensor  # (N,) 0 to R * T - 1: the state that predicts each target
+    """B pairs as R sequences of L tokens, padded on the right; N response tokens in all."""
+    share_prefix: bool  # a sequence holds whole pairs; else one prompt and answer
+    input_ids: torch.Tensor  # (R, L)
+    segments: torch.Tensor  # (R, L) 3 * pair + 0: prompt, 1: chosen, 2: rejected; or PADDING
+    position_ids: torch.Tensor  # (R, L) position in the token's own conversation
+    hidden_index: torch.Tensor  # (N,) 0 to R * L - 1: the state that predicts each target
     targets: torch.Tensor  # (N,) response tokens: all chosen answers, then all rejected ones
     response_lengths: list  # 2B lengths that add up to N
 
@@ -303,74 +264,48 @@ def collate(pairs, share_prefix=False, rows=None):
 
     share_prefix=False   R = 2B: [prompt | chosen] of every pair, then [prompt | rejected]
     share_prefix=True    R <= B: [prompt | chosen | rejected] of one pair, or of several as `rows`
-                         or pack say. Both answers continue the prompt, so the prompt's last state
-                         predicts the first token of both.
+                         (lists of indices) or pack say. Both answers continue the prompt, so the
+                         prompt's last state predicts the first token of both.
+
+    Anything with prompt_ids and as many answers (lists of ids) as the others can be a pair.
     """
-    answers = [{CHOSEN: pair.chosen_ids, REJECTED: pair.rejected_ids} for pair in pairs]
-    if share_prefix:  # a row is a list of (number of a pair, {segment: ids})
+    numbers = range(len(pairs[0].answers))  # 0: chosen, 1: rejected
+    if share_prefix:
         rows = rows or pack([batch_tokens(pair, True) for pair in pairs])
-        rows = [[(i, answers[i]) for i in row] for row in rows]
+        sequences = [[(i, numbers) for i in row] for row in rows]
     else:
-        rows = [[(i, {segment: answers[i][segment]})]
-                for segment in (CHOSEN, REJECTED) for i in range(len(pairs))]
-    width = max(sum(len(pairs[i].prompt_ids) + sum(map(len, own.values())) for i, own in row)
-                for row in rows)
-    input_ids, position_ids = torch.zeros(2, len(rows), width, dtype=torch.long)  # each (R, T)
-    segments = torch.full_like(input_ids, PADDING)  # (R, T)
-    responses = {}  # (segment, pair) -> hidden_index, targets
+        sequences = [[(i, [a])] for a in numbers for i in range(len(pairs))]
+    width = max(sum(len(pairs[i].prompt_ids) + sum(len(pairs[i].answers[a]) for a in own)
+                    for i, own in sequence) for sequence in sequences)
+    input_ids, position_ids = torch.zeros(2, len(sequences), width, dtype=torch.long)  # (R, L) each
+    segments = torch.full_like(input_ids, PADDING)  # (R, L)
+    responses = {}  # (answer, pair) -> the states that predict its tokens, the tokens
 
-    for r, row in enumerate(rows):
+    for r, sequence in enumerate(sequences):
         end = 0
-        for i, own in row:
-            prompt_ids = pairs[i].prompt_ids
-            start, end = end, end + len(prompt_ids)
-            prompt_end = end
-            input_ids[r, start:end] = torch.tensor(prompt_ids)
-            position_ids[r, start:end] = torch.arange(len(prompt_ids))
-            segments[r, start:end] = 3 * i + PROMPT
-            for segment, ids in own.items():
-                start, end = end, end + len(ids)
-                tokens = torch.tensor(ids)
+        for i, own in sequence:
+            start, end = end, end + len(pairs[i].prompt_ids)
+            input_ids[r, start:end] = torch.tensor(pairs[i].prompt_ids)
+            position_ids[r, start:end] = torch.arange(end - start)
+            segments[r, start:end] = 3 * i
+            prompt_length, last_of_prompt = end - start, end - 1
+            for a in own:
+                tokens = torch.tensor(pairs[i].answers[a])
+                start, end = end, end + len(tokens)
                 input_ids[r, start:end] = tokens
-                position_ids[r, start:end] = len(prompt_ids) + torch.arange(len(ids))
-                segments[r, start:end] = 3 * i + segment
-                # The state before a token predicts it. Before an answer stands the prompt's last.
-                column = torch.tensor([prompt_end - 1, *range(start, end - 1)])
-                responses[segment, i] = r * width + column, tokens
-    hidden_index, targets = zip(*(responses[segment, i] for segment in (CHOSEN, REJECTED)
-                                  for i in range(len(pairs))))
+                position_ids[r, start:end] = prompt_length + torch.arange(len(tokens))
+                segments[r, start:end] = 3 * i + 1 + a
+                # The state before a token predicts it; the prompt's last one predicts the first.
+                states = torch.tensor([last_of_prompt, *range(start, end - 1)])
+                responses[a, i] = r * width + states, tokens
+    hidden_index, targets = zip(*(responses[a, i] for a in numbers for i in range(len(pairs))))
     return Batch(share_prefix, input_ids, segments, position_ids, torch.cat(hidden_index),
-                 torch.cat(targets), [len(ids) for ids in targets])
-
-
-# Tokens of a row at which attention costs as much as the layers' matrices: 6 * hidden size, here
-# that of a model of 8 B parameters. Where rows are short, a smaller one changes nothing.
-ATTENTION_WIDTH = 24576
-
-
-def pack(sizes):
-    """Rows of a batch, lists of indices, for pairs of these sizes in tokens: the least work.
-
-    Padding costs work, and so do wide rows, because attention grows with the square. The longest
-    pair first, each goes into the shortest row. All numbers of rows are tried, up to rows that are
-    four times as wide as the longest pair.
-    """
-    def rows_of(count):
-        rows, by_length = [[] for _ in range(count)], [(0, r) for r in range(count)]  # a heap
-        for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-            length, r = heapq.heappop(by_length)
-            rows[r].append(i)
-            heapq.heappush(by_length, (length + sizes[i], r))
-        width = max(by_length)[0]
-        return count * width * (1 + width / ATTENTION_WIDTH), rows
-
-    fewest = math.ceil(sum(sizes) / (4 * max(sizes)))
-    return min(map(rows_of, range(fewest, len(sizes) + 1)))[1]
+                 torch.cat(targets), [len(tokens) for tokens in targets])
 
 
 def longest_row(pair):
-    """Tokens of the pair's longer conversation: the prompt and one answer."""
-    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+    """Tokens of the pair's longest conversation: the prompt and one answer."""
+    return len(pair.prompt_ids) + max(map(len, pair.answers))
 
 
 def count_chosen(pairs):
@@ -380,15 +315,14 @@ def count_chosen(pairs):
 
 def count_tokens(pairs):
     """Tokens of both conversations of each pair: each answer with its own prompt."""
-    return count_chosen(pairs) + sum(2 * len(pair.prompt_ids) + len(pair.rejected_ids)
-                                     for pair in pairs)
+    return sum(len(pair.prompt_ids) + len(ids) for pair in pairs for ids in pair.answers)
 
 
 def batch_tokens(pair, share_prefix):
     """Tokens that a pair alone takes in a Batch, padding counted."""
     if share_prefix:
-        return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
-    return 2 * longest_row(pair)
+        return len(pair.prompt_ids) + sum(map(len, pair.answers))
+    return len(pair.answers) * longest_row(pair)
 
 
 def micro_batches(pairs, indices, tokens_per_batch, share_prefix, rank=0, world_size=1):
@@ -422,32 +356,30 @@ def micro_batches(pairs, indices, tokens_per_batch, share_prefix, rank=0, world_
 
 def main(argv=None):
     parser = Parser("A report on preference rows, or (--task) a behaviour's public prompts.")
-    parser.add_argument("file", nargs="?", help="rows with prompt, chosen, rejected, maybe scores")
-    parser.add_argument("--model", default=TOY_STUDENT, help="whose tokenizer (default: the toy's)")
-    parser.add_argument("--max_length", type=at_least(1), default=1024, help="prompt + one answer")
-    parser.add_argument("--template_kwargs", type=template_kwargs, help="as train.py's")
-    parser.add_argument("--label", help="ask a person which answers are better; labels go here")
-    parser.add_argument("--calibrate", help="fit T to this file of labels")
-    parser.add_argument("--audit", help="out_dir of a train.py run: which rows may be wrong?")
-    parser.add_argument("--task", help="fetch the prompts that this behaviour's file names")
-    parser.add_argument("--out", help="where the prompts to train on go")
-    parser.add_argument("--held_out", help="where held-out prompts go (default: next to --out)")
-    parser.add_argument("--source", help="read public prompts from this file, not from the network")
-    parser.add_argument("--templates", help="file of templates with {request}; --- between two")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="fixes draw and split")
-    parser.add_argument("--limit", type=at_least(2),
-                        help="at most this many prompts in all, or labels (default: 50)")
+    flag = parser.add_argument
+    flag("file", nargs="?", help="rows with prompt, chosen, rejected and, optionally, scores")
+    flag("--model", default=TOY_STUDENT, help="whose tokenizer (default: the toy's)")
+    flag("--max_length", type=at_least(1), default=1024, help="prompt + one answer")
+    flag("--template_kwargs", type=template_kwargs, help="as train.py's")
+    flag("--label", help="ask a person which answers are better; labels go here")
+    flag("--calibrate", help="fit T to this file of labels")
+    flag("--task", help="fetch the prompts that this behaviour's file names")
+    flag("--out", help="where the prompts to train on go")
+    flag("--held_out", help="where held-out prompts go (default: next to --out)")
+    flag("--source", help="read public prompts from this file, not from the network")
+    flag("--templates", help="file of templates with {request}; --- between two")
+    flag("--seed", type=at_least(0), default=0, help="fixes draw and split")
+    flag("--limit", type=at_least(2), help="at most this many prompts, or labels (default: 50)")
     args = parser.parse_args(argv)
-    refuse("", (sum(map(bool, (args.file, args.task, args.audit))) != 1,
-                "give one of three: a file of rows for a report, --task and --out for prompts, or "
-                "--audit and the out_dir of a run"),
-           (args.task and not args.out, "--task needs --out, the file to write the prompts to"),
-           ((args.label or args.calibrate) and not args.file,
-            "--label and --calibrate need a file of rows"))
+    if bool(args.file) == bool(args.task):
+        raise BadInput("give one of two: a file of rows for a report, or --task and --out for "
+                       "prompts")
+    if args.task and not args.out:
+        raise BadInput("--task needs --out, the file to write the prompts to")
+    if (args.label or args.calibrate) and not args.file:
+        raise BadInput("--label and --calibrate need a file of rows")
     if args.task:
         return make_prompts(args)
-    if args.audit:
-        return show_audit(args.audit)
     if args.label:
         return label(args.file, args.label, args.limit or 50, args.seed)
     if args.calibrate:
@@ -455,14 +387,14 @@ def main(argv=None):
     tokenizer = load_tokenizer(args.model, args.template_kwargs)
     pairs, counts = load_pairs(args.file, tokenizer, args.max_length, needs_scores=False,
                                skip_bad_rows=True)
-    scored = [pair for pair in pairs if not math.isnan(pair.gap)]
+    scored = [pair for pair in pairs if not math.isnan(pair.lean)]
     _, held_out = split_train_val(scored or pairs, share=0.1, seed=0)  # as train.py by default
     show_report(args.file, pairs, len(held_out), counts, tokenizer)
     try:
         check_judges(pairs)
     except BadInput as error:
         print(f"\nwith --loss rdpo or dsc train.py would stop at {error}")
-    note = template_note(tokenizer, pairs[0].prompt)
+    note = template_note(tokenizer, pairs[0].prompt, prompt_text(tokenizer, pairs[0].prompt))
     if note:
         print("\n" + note)
 

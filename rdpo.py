@@ -11,50 +11,89 @@ student before training:
     L   = - mean [tau * log p + (1 - tau) * log(1 - p)]
     dL/dm = p - tau, per pair                            zero where policy and reward model agree
 
-tau = 1 for every pair is plain DPO (Rafailov et al. 2023, arXiv:2305.18290, equation 7). A tie
-(tau = 1/2) pulls the margin back to 0, its value under the reference. A revision that scored
-below its original (tau < 1/2) is learned the other way round.
+With tau = 1 for every pair this is plain DPO (Rafailov et al. 2023, arXiv:2305.18290, equation 7).
+A tie (tau = 1/2) pulls the margin back to 0, its value under the reference. If the revision scored
+below its original (tau < 1/2), the preference is reversed.
 
 This is our reading of equation (2) of Gallego 2024 (arXiv:2402.08005). The paper says that the
 loss generalises DPO and that tau brings the scores in; the exact form of tau is inferred. It is
 one function, `preference_probability`, so another reading is a change of one line.
 
-Shapes: B pairs; R rows of T tokens (R <= B if a row holds whole pairs, R = 2B if it holds one
-prompt and answer); N response tokens in all; D hidden size; V vocabulary size. (In shapes T is
-the tokens of a row; in tau it is the temperature.)
+Shapes: P pairs of a dataset; B pairs of a batch; R rows of L tokens (R <= B if a row holds whole
+pairs, R = 2B if it holds one prompt and answer); N response tokens in all; D hidden size; V
+vocabulary size. This file needs torch alone and can be copied out.
 
     python rdpo.py        print the loss and its gradient for a few score gaps
 """
-import hashlib
-import json
-import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from infra.command import BadInput, first_line, refuse
-from infra.disk import make_folder, writing
-
-# --------------------------------------------------------------------------------- target and loss
+# ---------------------------------------------------------------------------------- the target tau
 
 
-def preference_probability(score_chosen, score_rejected, temperature=1.0):
-    """tau (B,): the probability that the chosen answer beats the rejected one, by their scores.
+def score_gap(score_chosen, score_rejected, scale=None):
+    """s_r - s_o in points on a 5-point scale, so that one temperature T fits several judges.
 
-    Bradley-Terry on the external scores, each (B,): sigmoid((s_r - s_o) / T). T is in points of
-    the scores; train.py first widens a judge's known scale to 5 points. A large T trusts the
-    scores less (tau near 1/2); T near 0 keeps only their order. ValueError if T <= 0.
+    scale is the width of the judge's own scale; None: unknown, the points count as they are.
+    """
+    return (score_chosen - score_rejected) * 5 / (scale or 5)
+
+
+def preference_probability(score_gaps, temperature=1.0):
+    """tau (P,): the probability that the chosen answer beats the rejected one, by their scores.
+
+    Bradley-Terry on score gaps (P,): sigmoid((s_r - s_o) / T). A large T trusts the scores less
+    (tau near 1/2); T near 0 keeps only their order. ValueError if T <= 0.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
-    return torch.sigmoid((score_chosen - score_rejected) / temperature)  # (B,)
+    return torch.sigmoid(score_gaps / temperature)  # (P,)
+
+
+def judged_tau(score_gaps, row_taus, temperature=1.0):
+    """tau (P,) by the judge: a row's own tau where it has one, else from its score gap.
+
+    row_taus and score_gaps (P,) are nan where unknown. At T = 1 a row's own tau stays as it is;
+    another T divides its log-odds, as it divides a score gap.
+    """
+    from_rows = torch.sigmoid(torch.logit(row_taus) / temperature)  # (P,)
+    from_scores = preference_probability(score_gaps, temperature)  # (P,)
+    return torch.where(row_taus.isnan(), from_scores, from_rows)  # (P,)
+
+
+# ---------------------------------------------------------------------------------------- the loss
+
+
+def cross_entropy(margins, tau):
+    """rDPO's loss (B,) of margins m (B,) and targets tau (B,). DPO's where tau is 1."""
+    # logsigmoid stays finite where log(sigmoid(m)) is log(0); log(1 - p) is logsigmoid(-m).
+    return -tau * F.logsigmoid(margins) - (1 - tau) * F.logsigmoid(-margins)  # (B,)
+
+
+class Loss(NamedTuple):
+    """A choice of --loss: preference * form(m, tau) + imitation * (-log pi(y_r|q) per token)."""
+    needs_scores: bool
+    target: Callable  # the judge's tau (P,) -> the tau (P,) to train on
+    preference: float
+    imitation: float
+    form: Callable = cross_entropy  # (margins (B,), tau (B,)) -> losses (B,)
+
+
+LOSSES = {
+    "rdpo": Loss(needs_scores=True, target=lambda judged: judged, preference=1, imitation=0),
+    # DPO is sure of the chosen answer. With --label_smoothing this is conservative DPO.
+    "dpo": Loss(needs_scores=False, target=torch.ones_like, preference=1, imitation=0),
+    "sft": Loss(needs_scores=False, target=torch.ones_like, preference=0, imitation=1),
+    # Distilled self-critique (arXiv:2312.01957). train.py drops pairs with s_r <= s_o.
+    "dsc": Loss(needs_scores=True, target=torch.ones_like, preference=0, imitation=1),
+}
 
 
 def rdpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
-              tau, beta):
+              tau, beta, form=cross_entropy):
     """The refined DPO loss of each pair (Gallego 2024, equation 2; see the top of this file).
 
     The four log-probabilities are sums over a response's tokens, each (B,); tau (B,) is in
@@ -63,9 +102,7 @@ def rdpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_
     """
     chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)  # (B,)
     rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)  # (B,)
-    margins = chosen_rewards - rejected_rewards  # (B,)
-    # logsigmoid stays finite where log(sigmoid(m)) is log(0); log(1 - p) is logsigmoid(-m).
-    losses = -tau * F.logsigmoid(margins) - (1 - tau) * F.logsigmoid(-margins)  # (B,)
+    losses = form(chosen_rewards - rejected_rewards, tau)  # (B,)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
@@ -81,9 +118,9 @@ def plain_sequence_logps(model, pairs):
     answers += [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
     sums = []
     for prompt_ids, response_ids in answers:
-        ids = torch.tensor([prompt_ids + response_ids], device=model.device)  # (1, T)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()  # (T-1, V)
-        logps = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]  # (T-1,)
+        ids = torch.tensor([prompt_ids + response_ids], device=model.device)  # (1, L)
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()  # (L-1, V)
+        logps = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]  # (L-1,)
         sums.append(logps[len(prompt_ids) - 1:].sum())
     return torch.stack(sums)  # (2B,)
 
@@ -98,7 +135,7 @@ def sequence_logps(model, batch):
     if batch.share_prefix:  # else the model's own causal mask and positions are right
         inputs |= {"position_ids": batch.position_ids,
                    "attention_mask": attention_mask(model, batch)}
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (R, T, D)
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (R, L, D)
     hidden = hidden.flatten(0, 1).index_select(0, batch.hidden_index)  # (N, D)
     head = model.get_output_embeddings()
     logps = TokenLogps.apply(hidden, head.weight, head.bias, batch.targets,
@@ -107,7 +144,7 @@ def sequence_logps(model, batch):
 
 
 def attention_mask(model, batch):
-    """The additive attention mask (R, 1, T, T) of rows [prompt | chosen | rejected | prompt ...].
+    """The additive attention mask (R, 1, L, L) of rows [prompt | chosen | rejected | prompt ...].
 
     A token sees itself and what precedes it in the prompt and in its own answer. The rejected
     answer does not see the chosen one beside it: it reads the conversation of a row of its own.
@@ -124,26 +161,26 @@ def attention_mask(model, batch):
     (Rows of one answer need no mask: padding stands behind the answer, and the model's own causal
     mask hides what comes later.)
     """
-    column = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)  # (T,)
-    query, key = batch.segments[:, :, None], batch.segments[:, None, :]  # (R, T, 1), (R, 1, T)
+    column = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)  # (L,)
+    query, key = batch.segments[:, :, None], batch.segments[:, None, :]  # (R, L, 1), (R, 1, L)
     same_pair, is_prompt = key // 3 == query // 3, key % 3 == 0  # see data.Batch
-    visible = (column[:, None] >= column) & same_pair & (is_prompt | (key == query))  # (R, T, T)
+    visible = (column[:, None] >= column) & same_pair & (is_prompt | (key == query))  # (R, L, L)
 
     dtype = model.get_input_embeddings().weight.dtype  # of all that the layers compute
 
-    def additive(seen):  # (R, T, T) bool -> float: eager attention would add a bool as 0 and 1
+    def additive(seen):  # (R, L, L) bool -> float: eager attention would add a bool as 0 and 1
         # CUDA's fused attention copies a mask in every layer unless its strides are multiples of
-        # 8. They are never T itself: torch.compile would make another graph for that case.
+        # 8. They are never L itself: torch.compile would make another graph for that case.
         rows, width, _ = seen.shape
         mask = torch.zeros(rows, width, width + 8 - width % 8, dtype=dtype,
-                           device=seen.device)[..., :width]  # (R, T, T)
-        return mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)[:, None]  # (R, 1, T, T)
+                           device=seen.device)[..., :width]  # (R, L, L)
+        return mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)[:, None]  # (R, 1, L, L)
 
     config = vars(model.config.get_text_config())
     window = config.get("sliding_window")
     if window is None:
         return additive(visible)
-    position = batch.position_ids  # (R, T)
+    position = batch.position_ids  # (R, L)
     near = additive(visible & (position[:, :, None] - window < position[:, None, :]))
     if not config.get("layer_types"):
         return near
@@ -224,91 +261,23 @@ def logits_in_chunks(hidden, weight, bias, scale, cap):
         yield chunk, cap * torch.tanh(logits / cap) if cap else logits
 
 
-# --------------------------------------------------------------------------------- reference cache
-
-
-class ReferenceCache:
-    """The reference's summed log-probability of each answer, in a safetensors file that runs share.
-
-    Before the first step the policy is the reference, so it fills the cache and no second model
-    is loaded. The file's name is a hash of what fixes the values: weights, config, compute dtype
-    and attention implementation. The key of an entry is a hash of its token ids and of where the
-    response starts.
-    """
-
-    def __init__(self, folder, model, computed_as):
-        """Create the folder if needed; computed_as is such as "bfloat16" or "float32 sharded"."""
-        make_folder("--cache_dir", folder)
-        self.name = reference_fingerprint(model, computed_as)
-        self.path = os.path.join(folder, f"reference-{self.name}.safetensors")
-        self.logps = self._read()  # {key: float}
-
-    def _read(self):
-        try:
-            with safe_open(self.path, "pt") as file:  # keys (E, 32) uint8, logps (E,) float32
-                keys, logps = file.get_tensor("keys"), file.get_tensor("logps")
-        except FileNotFoundError:
-            return {}
-        except (OSError, SafetensorError) as error:
-            raise BadInput(f"{self.path}: damaged ({first_line(error)}); delete it") from error
-        is_whole = (keys.dtype == torch.uint8 and keys.shape[1:] == (32,)
-                    and logps.dtype == torch.float32 and logps.shape == keys.shape[:1]
-                    and bool(logps.isfinite().all()))
-        refuse(self.path, (not is_whole, "damaged; delete it"))
-        return {key.tobytes(): logp for key, logp in zip(keys.numpy(), logps.tolist())}
-
-    def save(self):
-        """Write the file whole or not at all, with entries that other runs have added to it."""
-        self.logps = self._read() | self.logps
-        keys = torch.frombuffer(bytearray(b"".join(self.logps)), dtype=torch.uint8).view(-1, 32)
-        temporary = f"{self.path}.{os.getpid()}.tmp"
-        with writing(self.path):
-            save_file({"keys": keys, "logps": torch.tensor(list(self.logps.values()))}, temporary)
-        os.replace(temporary, self.path)
-
-
-def sequence_key(prompt_ids, response_ids):
-    """32 bytes that identify an answer to a prompt: token ids and where the response starts."""
-    return hashlib.sha256(json.dumps([prompt_ids, response_ids]).encode()).digest()
-
-
-def reference_fingerprint(model, computed_as):
-    """Hex hash of a reference: weights, buffers, config, compute dtype and attention kernel."""
-    def digest(item):
-        name, tensor = item
-        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        header = f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode()
-        return hashlib.sha256(header + hashlib.sha256(content).digest()).digest()
-
-    tensors = sorted([*model.named_parameters(), *model.named_buffers()])
-    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock: all cores work
-        weights = hashlib.sha256(b"".join(pool.map(digest, tensors))).hexdigest()
-    config = {key: value for key, value in model.config.to_dict().items()
-              if key not in ("_name_or_path", "transformers_version")}
-    parts = [weights, config, computed_as, model.config._attn_implementation]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
 # ------------------------------------------------------------------------------ the loss as a table
 
 
 def main():
-    temperature, beta = 1.0, 0.1
     print("One pair, scores from 0 to 5, T = 1. At margin 0, p = 1/2 and every loss is ln 2.\n"
           "A gradient below 0 pushes towards the revision, above 0 towards the original.\n")
     print("           score of                 rDPO (target tau)     plain DPO (target 1)")
     print("revision  original   margin    tau    loss  dloss/dm        loss  dloss/dm")
     for margin in (0.0, 2.0):
         for score_chosen, score_rejected in ((5, 1), (4, 3), (3, 3), (3, 4), (1, 5)):
-            scores = torch.tensor([[float(score_chosen)], [float(score_rejected)]])  # (2, 1)
-            tau, zero = preference_probability(*scores, temperature), torch.zeros(1)  # (1,) each
-            cells = []
+            gap = torch.tensor([float(score_gap(score_chosen, score_rejected))])  # (1,)
+            tau, cells = preference_probability(gap), []  # (1,)
             for target in (tau, torch.ones(1)):
                 m = torch.tensor([margin], requires_grad=True)
-                # If the other log-probabilities are 0, the margin is beta * policy_chosen_logps.
-                losses, _, _ = rdpo_loss(m / beta, zero, zero, zero, target, beta)
-                losses.sum().backward()
-                cells.append(f"{losses.item():6.3f}    {m.grad.item():+6.3f}")
+                loss = cross_entropy(m, target)
+                loss.backward()
+                cells.append(f"{loss.item():6.3f}    {m.grad.item():+6.3f}")
             print(f"{score_chosen:8d}  {score_rejected:8d} {margin:8.1f} {tau.item():6.3f}  "
                   f"{cells[0]}      {cells[1]}")
         print()

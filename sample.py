@@ -17,17 +17,19 @@ from jinja2 import TemplateError
 from data import encode_prompt
 from infra.command import (BadInput, Parser, at_least, one_line, path, printable, refuse, run,
                            warn)
-from infra.distributed import best_device
+import infra.distributed as ranks
 from infra.generate import generate
+from infra import models
 from infra.lora import load_adapter
 from infra.models import TOY_STUDENT, load_model, load_tokenizer, position_limit
 from infra.report import side_by_side
 from infra.rows import is_text, read_flags
+from toy import world
 
 
 def load(folder):
     """A model, or an adapter on its base, on this machine's best device."""
-    device = best_device()
+    device = ranks.best_device()
     is_adapter = os.path.exists(os.path.join(folder, "adapter_config.json"))
     loader = load_adapter if is_adapter else load_model
     return loader(folder, "auto" if device == "cuda" else torch.float32).to(device)
@@ -35,9 +37,9 @@ def load(folder):
 
 @functools.cache
 def load_reference(folder):
-    """The reference of an out_dir's run: --reference, else --model. BadInput if it is unknown."""
+    """The reference of an out_dir's run, its --model. BadInput if it is unknown."""
     flags = read_flags(folder)
-    return load(flags.get("reference") or flags["model"] or TOY_STUDENT)
+    return load(flags["model"] or TOY_STUDENT)
 
 
 def ask(model, tokenizer, prompt, args, seed, said=None):
@@ -96,6 +98,39 @@ def chat(student, tokenizer, args):
             print(f"error: {one_line(str(error))}", file=sys.stderr)
         if said and line != "/base":  # also of an answer that was stopped
             messages = asked + [{"role": "assistant", "content": "".join(said)}]
+
+
+# ----------------------------------------------------------------------- before and after training
+
+
+def sample_rows(args, val_pairs):
+    """Rows whose prompts are answered before and after: the toy's held-out ones, or three."""
+    if not args.model and any(world.is_prompt(pair.prompt) for pair in val_pairs):
+        return world.held_out_rows()
+    by_ids = {tuple(pair.prompt_ids): pair.prompt for pair in val_pairs}
+    return [{"prompt": prompt} for prompt in list(by_ids.values())[:3]]
+
+
+def sample_answers(policy, tokenizer, rows, args):
+    """The policy's greedy answers, as texts. Under FSDP all ranks compute them, else rank 0."""
+    if ranks.rank() > 0 and not args.fsdp:
+        return []
+    ids = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    with models.eager(args):
+        return [answer.text for answer in generate(policy, tokenizer, ids,
+                                                    args.max_new_tokens)]
+
+
+def show_answers(rows, before, after):
+    """Print three prompts with both answers; for the toy's rows, the share of right answers."""
+    shown = slice(4, 7) if len(rows) > 3 else slice(3)  # toy: harmful, harmless, a role to play
+    print("\n" + side_by_side([row["prompt"] for row in rows[shown]],
+                              {"reference": before[shown], "student": after[shown]}))
+    if len(rows) > 3:
+        print(world.rates_table(rows, before, after))
+
+
+# ------------------------------------------------------------------------------------- the command
 
 
 def main(argv=None):

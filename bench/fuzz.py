@@ -45,9 +45,9 @@ ODD = ["0", "", " ", "x", "0x10", "1_0", "1e-300", "1e300", "9" * 401, "9" * 20,
 FLAGS = {  # flag -> good values
     "--eval_share": ["0.1", "0.5", "1"], "--max_length": ["1024", "80", "5", "1"],
     "--loss": ["rdpo", "dpo", "sft", "dsc"], "--beta": ["0.1", "5", "1e-8"],
-    "--temperature": ["1", "0.01", "100"], "--label_smoothing": ["0", "0.2"],
+    "--tau_temperature": ["1", "0.01", "100"], "--label_smoothing": ["0", "0.2"],
     "--sft_weight": ["0", "0.5", "100"], "--learning_rate": ["0", "1e-3", "1", "1e30"],
-    "--warmup": ["0", "0.5", "1"], "--weight_decay": ["0", "0.1", "1e6"],
+    "--warmup_ratio": ["0", "0.5", "1"], "--weight_decay": ["0", "0.1", "1e6"],
     "--max_grad_norm": ["1", "1e-6", "1e30"], "--epochs": ["1", "2"], "--max_steps": ["1", "2"],
     "--batch_size": ["1", "3", "64"], "--seed": ["0", "1", str(2**32), str(2**64)],
     "--lora_rank": ["0", "1", "4"], "--lora_alpha": ["1", "1e-9", "1e6"],
@@ -72,7 +72,7 @@ def random_flags(rng):
         elif kind > 0.7:
             values = ODD if flag not in COUNTS else [odd for odd in ODD if len(odd) < 4]
         given[flag] = rng.choice(values)
-    for flag in ("--out_dir", "--cache_dir", "--model", "--eval_data", "--data"):
+    for flag in ("--out_dir", "--ref_cache_dir", "--model", "--eval_data", "--data"):
         if rng.random() < 0.08:
             given[flag] = rng.choice([*PATHS, "student" if flag == "--model" else "rows.jsonl"])
     words = [f"{flag}={value}" for flag, value in given.items()]
@@ -243,7 +243,7 @@ def faults_of_students(code, folder):
 
 # --------------------------------------------------------------------------------------- the cases
 
-COMMON = ["--cache_dir=cache", "--max_new_tokens=1", "--save_every=1", "--model=student"]
+COMMON = ["--ref_cache_dir=cache", "--max_new_tokens=1", "--save_every=1", "--model=student"]
 
 
 def make_template(folder):

@@ -60,6 +60,7 @@ from bench.step_profile import PEAK, Step, count_flops, equal_pairs, make_data, 
 from data import batch_tokens, collate  # noqa: E402
 from infra import checkpoint, models  # noqa: E402
 from infra.command import first_line  # noqa: E402
+from infra.policy import place  # noqa: E402
 from infra.runlog import StagePeaks  # noqa: E402
 
 SHAPES = memory.SHAPES
@@ -244,7 +245,7 @@ def take(model, case):
     """A Step of a case's model, which gets the adapters and what else the case asks for."""
     args = gpu_checks.train_args(model.device, "bfloat16", case.tokens, *case.flags,
                                  *["--compile"] * case.compile)
-    train.place(model, args, model.device, torch.bfloat16)
+    place(model, args, model.device, torch.bfloat16, rdpo.sequence_logps)
     return Step(model, args)
 
 
@@ -272,7 +273,7 @@ def speed_of(bench, case, step, data, flops):
     if bench.cuda:
         torch.cuda.reset_peak_memory_stats()
     seconds = sum(timed(step, part) for part in rounds * parts) / rounds / count  # of a step
-    batches = [[part.pairs[i] for i in indices] for part in parts for indices in
+    batches = [[part.pairs[i] for i in indices] for part in parts for indices, _ in
                train.rank_batches(part.pairs, range(case.pairs), True, step.args)]
     real = sum(batch_tokens(pair, True) for pair in data.pairs)
     computed = sum(collate(batch, True).input_ids.numel() for batch in batches)
@@ -348,7 +349,7 @@ def check_small_card(bench):
     halves = data.part(range(case.pairs)), data.part(range(case.pairs, 2 * case.pairs))
     peaks.end("start")
     figures["6 steps s"] = f"{sum(timed(step, part) for part in 3 * halves):.1f}"
-    metrics, _ = train.evaluate(step.model, val, args)
+    metrics = train.evaluate(step.model, val, args)[0]
     peaks.end("training")
     figures["export s"] = "{:.1f}".format(timed(
         checkpoint.export, step.model, step.masters, models.load_tokenizer(models.TOY_STUDENT),

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 import rdpo
 import train
 from bench.step_profile import ROOT, Step, make_data
-from data import CHOSEN, Pair, collate, micro_batches
+from data import Pair, collate, micro_batches
 from infra import models, rounding
 from infra.command import BadInput
 from infra.lora import add_lora
@@ -80,7 +80,7 @@ def ragged_pairs(count, vocab, median=300, lowest=32, highest=1024, seed=0):
         chosen = int(total * rng.uniform(0.15, 0.35))
         sizes = total - total // 2, chosen, total // 2 - chosen
         pairs.append(Pair(f"random:{i}", "", *(rng.integers(vocab, size=n).tolist() for n in sizes),
-                          *rng.uniform(0, 5, 2).tolist()))
+                          score_gap=rng.uniform(-5, 5)))
     return pairs
 
 
@@ -137,8 +137,7 @@ def mask_rows(rows, width):
         of_rows.append([len(pairs) + i for i in range(len(sizes))])
         for size in sizes:
             prompt, chosen = size // 2, size // 4
-            pairs.append(Pair("", "", [1] * prompt, [1] * chosen, [1] * (size - prompt - chosen),
-                              None, None))
+            pairs.append(Pair("", "", [1] * prompt, [1] * chosen, [1] * (size - prompt - chosen)))
     return collate(pairs, share_prefix=True, rows=of_rows)
 
 
@@ -229,7 +228,7 @@ def check_logps(bench):
             cpu = noise(dtype, CPU, layouts[0])
             bench.expect(mine < 2 * cpu, f"{name}, {short}: {mine:.1e}, on a CPU {cpu:.1e}")
             figures[f"{name} {short}"] = f"{mine:.1e} (CPU {cpu:.1e})"
-        layouts[0].position_ids.add_(layouts[0].segments % 3 == CHOSEN)
+        layouts[0].position_ids.add_(layouts[0].segments % 3 == 1)
         controls.append(largest(layouts[0]))
     return figures | bench.control(min(controls) > 1e-4)
 
@@ -250,7 +249,7 @@ def exact_gradients(model, data, beta=0.1):
     """{name: gradient} of the step's loss in float64, from the formula."""
     model = cast(model, torch.float64, CPU)
     chosen, rejected = exact_logps(model, data.pairs).chunk(2)
-    ref_chosen, ref_rejected, tau, _ = data.columns.double()
+    ref_chosen, ref_rejected, tau = (tensor.double() for tensor in data[2:5])
     margins = beta * (chosen - ref_chosen - rejected + ref_rejected)
     (-tau * F.logsigmoid(margins) - (1 - tau) * F.logsigmoid(-margins)).mean().backward()
     return {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
@@ -293,9 +292,7 @@ def check_gradients(bench):
     compare("bf16 checkpointing", torch.bfloat16, checkpointing=True)
     compare("bf16 LoRA", torch.bfloat16, "LoRA")
     compare("bf16 head 2^18", torch.bfloat16, head_bytes=2**18)
-    columns = data.columns.clone()
-    columns[2] = 1 - data.tau
-    swapped = data._replace(columns=columns)
+    swapped = data._replace(tau=1 - data.tau)
     wrong = step_gradients(full, torch.float32, bench.device, swapped)
     return figures | bench.control(relative_error(flat(wrong), flat(exact["full"])) > 0.1)
 
@@ -337,7 +334,7 @@ def run_flags(bench, name, device, *flags):
     if not os.path.exists(rows):
         with open(TOY_ROWS, encoding="utf-8") as source, open(rows, "w", encoding="utf-8") as file:
             file.writelines(source.readlines()[:16 if bench.tiny else None])
-    return ["--data", rows, "--device", device.type, "--out_dir", bench.path(name), "--cache_dir",
+    return ["--data", rows, "--device", device.type, "--out_dir", bench.path(name), "--ref_cache_dir",
             bench.path(f"cache-{device.type}{name[:3]}"), "--max_steps", str(steps), "--batch_size",
             "4" if bench.tiny else "16", "--eval_every", "100", "--max_new_tokens", "2",
             "--tokens_per_batch", "2048", *map(str, flags)]
@@ -416,14 +413,14 @@ def check_mode(bench, mode):
 def check_gate(bench):
     """A cached reference that is another model's must stop the run at step 0."""
     cache = bench.path("cache-wrong")
-    run_train(bench, "gate-right", *BF16, "--max_steps", 1, "--skip_saved_check", "--cache_dir",
+    run_train(bench, "gate-right", *BF16, "--max_steps", 1, "--skip_saved_check", "--ref_cache_dir",
               cache)
     for entry in os.scandir(cache):
         tensors = load_file(entry.path)
         tensors["logps"] -= 30.0
         save_file(tensors, entry.path)
     try:
-        run_train(bench, "gate", *BF16, "--cache_dir", cache)
+        run_train(bench, "gate", *BF16, "--ref_cache_dir", cache)
     except BadInput as error:
         found = re.search("at step 0[^;]*", str(error))
         return {"message": found[0]} | bench.control(True)
@@ -488,15 +485,16 @@ def check_compile(bench):
             with mock.patch.object(torch, "compile",
                                    functools.partial(torch.compile, backend=backend)):
                 models.compile_layers(policy)
-        _, ratios = train.evaluate(policy, data, args)  # no gradients: as the reference
+        _, pairs, values = train.evaluate(policy, data, args)  # no gradients: as the reference
         step = Step(policy, args)
         step.backward(data)
-        logps.append(torch.tensor([list(ratios[pair.where]) for pair in data.pairs]))  # (P, 2)
+        both = torch.stack([values["logps/chosen"], values["logps/rejected"]], 1).cpu()  # (P, 2)
+        logps.append(both)
         gradients.append(torch.cat([master.grad.flatten() for master in step.masters.parameters()]))
     batches = len(micro_batches(data.pairs, range(len(data.pairs)), args.tokens_per_batch, True))
     breaks, limit = sum(counters["graph_break"].values()), compile_note()
     bench.expect(not limit and not breaks, f"{breaks} graph breaks; {limit}")
-    tokens = torch.tensor([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in data.pairs])
+    tokens = torch.tensor([[*map(len, pair.answers)] for pair in pairs])  # (P, 2)
     noise = ((logps[1] - logps[0]).square() / tokens).mean().sqrt().item()
     cosine = F.cosine_similarity(*gradients, dim=0).item()
     bench.expect(noise < 0.1, f"log-probabilities differ by {noise:.1e} per token")

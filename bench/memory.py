@@ -110,7 +110,7 @@ def build(args, device, adapted=True):
 def full_batch(args):
     """The pairs of the largest micro-batch."""
     answer = [1] * args.answer_length
-    pair = Pair("", "", [1] * args.prompt_length, answer, answer, None, None)
+    pair = Pair("", "", [1] * args.prompt_length, answer, answer)
     return [pair] * max(1, args.tokens_per_batch // batch_tokens(pair, True))
 
 

@@ -34,7 +34,7 @@ def train_flags(folder, out_dir):
     """Flags of train.py for these files. The run does little besides its steps."""
     return ["--data", f"{folder}/rows.jsonl", "--eval_data", f"{folder}/held_out.jsonl",
             "--device", "cpu", "--max_new_tokens", "1", "--eval_every", "1000000",
-            "--save_every", "1000000", "--cache_dir", f"{folder}/cache", "--out_dir", out_dir]
+            "--save_every", "1000000", "--ref_cache_dir", f"{folder}/cache", "--out_dir", out_dir]
 
 
 def read_steps(out_dir):

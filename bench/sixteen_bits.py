@@ -151,9 +151,9 @@ def train(folder, name, flags, *shown_with):
     program = [OLD_WAY] * name.startswith("old way") + [EMULATED] * args.emulate + [TRAIN]
     program = ["-c", "\n".join(program), ROOT]
     run(sys.executable, *program, "--model", f"{folder}/student", "--data", f"{folder}/train.jsonl",
-        "--eval_data", f"{folder}/validation.jsonl", "--cache_dir", f"{folder}/cache",
+        "--eval_data", f"{folder}/validation.jsonl", "--ref_cache_dir", f"{folder}/cache",
         "--out_dir", out_dir, "--overwrite", "--device", "cpu", "--max_length", args.max_length,
-        "--beta", BETA, "--temperature", 1, "--batch_size", args.batch_size, "--max_steps",
+        "--beta", BETA, "--tau_temperature", 1, "--batch_size", args.batch_size, "--max_steps",
         args.steps, "--learning_rate", args.learning_rate, "--save_every", 10**6, "--eval_every",
         max(args.steps // 4, 1), "--max_new_tokens", 1, "--skip_saved_check", *flags)
     shutil.rmtree(f"{out_dir}/state")
@@ -197,7 +197,7 @@ def main(folder):
     pairs, train_pairs = parts.values()
     if (args.steps - 1) * args.batch_size >= len(train_pairs):
         sys.exit(f"--steps {args.steps}: more than one epoch of {len(train_pairs)} pairs")
-    tau = torch.sigmoid(torch.tensor([pair.gap for pair in pairs], dtype=torch.double))  # (P,), T 1
+    tau = torch.sigmoid(torch.tensor([pair.score_gap for pair in pairs], dtype=torch.double))  # T 1
     student = read(f"{folder}/student", pairs)
     print(f"{os.path.basename(args.model)} rounded to bf16; {len(train_pairs)} pairs to train on, "
           f"{len(pairs)} for validation; {args.steps} steps\nof {args.batch_size}, learning rate "

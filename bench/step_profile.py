@@ -27,13 +27,14 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOY_ROWS = os.path.join(ROOT, "toy", "scored.jsonl")
 sys.path.insert(0, ROOT)
 
-import infra.distributed as dist  # noqa: E402
+import infra.distributed as ranks  # noqa: E402
 import train  # noqa: E402
 from data import Pair, batch_tokens, collate, load_pairs, longest_row  # noqa: E402
 from infra.command import Parser, run  # noqa: E402
 from infra.models import cast_weights, load_model, load_tokenizer  # noqa: E402
+from infra.policy import place  # noqa: E402
 from infra.rounding import Masters  # noqa: E402
-from rdpo import preference_probability  # noqa: E402
+from rdpo import preference_probability, sequence_logps  # noqa: E402
 
 PEAK = 989e12  # FLOP/s, dense bfloat16, H100 and H200
 KINDS = {"matrix products": "mm|addmm_?|bmm",
@@ -72,17 +73,16 @@ def make_pairs(vocab, args):
 def equal_pairs(count, vocab, prompt, answer):
     """Pairs of random ids, all of the same lengths."""
     return [Pair(f"equal:{i}", "", *(torch.randint(vocab, (length,)).tolist()
-                                     for length in (prompt, answer, answer)), 4.0, 2.0)
+                                     for length in (prompt, answer, answer)), score_gap=2.0)
             for i in range(count)]
 
 
 def make_data(pairs, vocab):
     """A train.Dataset whose reference gives every token the probability 1 / vocab."""
-    gaps = torch.tensor([pair.gap for pair in pairs]).nan_to_num()  # (P,), no scores: a tie
-    reference = [[-len(ids) * math.log(vocab) for ids in (pair.chosen_ids, pair.rejected_ids)]
-                 for pair in pairs]
-    return train.Dataset(pairs, True, torch.stack(
-        [*torch.tensor(reference).T, preference_probability(gaps, 0.0), gaps]))
+    gaps = torch.tensor([pair.score_gap for pair in pairs]).nan_to_num()  # (P,), no scores: a tie
+    reference = [[-len(ids) * math.log(vocab) for ids in pair.answers] for pair in pairs]
+    return train.Dataset(pairs, True, *torch.tensor(reference).T, preference_probability(gaps),
+                         gaps)
 
 
 class Step:
@@ -99,9 +99,10 @@ class Step:
         self.masters.round(0)
 
     def backward(self, data):
-        sums, _ = train.accumulate_gradients(self.model, data, self.args, self.scaler)
+        loss, _, values = train.forward_all(self.model, data, self.args,
+                                            lambda loss: self.scaler.scale(loss).backward())
         self.masters.collect_gradients()
-        return sums
+        return loss, values
 
     def update(self):
         self.scaler.unscale_(self.optimizer)
@@ -118,8 +119,7 @@ class Step:
 
     def __call__(self, data):
         """(loss, gradient norm)"""
-        sums = self.backward(data)
-        loss = sums.tolist()[0]  # train.py waits for the GPU here
+        loss = train.mean_metrics(*self.backward(data))["loss"]  # train.py waits for the GPU here
         norm = self.update().item()
         self.round()
         return loss, norm
@@ -202,10 +202,10 @@ def main():
         ["--data", TOY_ROWS, "--device", "cuda" if CUDA else "cpu", "--tokens_per_batch",
          str(args.tokens_per_batch), *["--gradient_checkpointing"] * args.gradient_checkpointing,
          *["--compile"] * args.compile])
-    device, dtype = dist.setup(train_args)
+    device, dtype = ranks.setup(train_args)
     model = load_model(args.model)
     cast_weights(model, dtype)
-    train.place(model, train_args, device, dtype)
+    place(model, train_args, device, dtype, sequence_logps)
     vocab = model.config.get_text_config().vocab_size
     pairs = make_pairs(vocab, args)
     data, step = make_data(pairs, vocab), Step(model, train_args)
@@ -223,7 +223,7 @@ def main():
     batches = train.rank_batches(pairs, range(len(pairs)), True, train_args)
     real = sum(batch_tokens(pair, True) for pair in pairs)
     computed = sum(collate([pairs[i] for i in indices], True).input_ids.numel()
-                   for indices in batches)
+                   for indices, _ in batches)
     print(f"{len(pairs)} pairs in {len(batches)} batches: {seconds:.3f} s per step, "
           f"{len(pairs) / seconds:.2f} pairs/s, {real / seconds:.0f} tokens/s; {real} tokens, "
           f"{real / computed:.3f} of those that are computed\n"

@@ -22,7 +22,7 @@ from infra.report import indented
 from infra.rows import atomic_write, stream_rows
 from infra.runlog import TABLE_HEAD, table_line
 
-FLAGS = ("loss", "beta", "temperature", "label_smoothing", "sft_weight", "learning_rate", "warmup",
+FLAGS = ("loss", "beta", "tau_temperature", "label_smoothing", "sft_weight", "learning_rate", "warmup_ratio",
          "weight_decay", "max_grad_norm", "epochs", "max_steps", "batch_size", "max_length",
          "eval_share", "seed", "template_kwargs", "lora_rank", "lora_alpha", "dtype", "save_dtype")
 
@@ -113,7 +113,7 @@ def write_card(args, tokenizer, train_pairs, val_pairs, as_saved):
         base=code(base), base_in_words=base_in_words, loss=args.loss, use=use,
         metadata="\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items()),
         training=indented("\n".join(training_lines(args, train_pairs, val_pairs))),
-        validation=indented("\n".join(validation_lines(args) + [as_saved] * bool(as_saved)))))
+        validation=indented("\n".join(as_saved))))
 
 
 def base_of(args):
@@ -127,14 +127,14 @@ def base_of(args):
 
 def training_lines(args, train_pairs, val_pairs):
     """What the student was trained on and how, as lines of plain text."""
-    lines = [f"reference: {name_of(args.reference)}"] if args.reference else []
+    lines = []
     for path in args.data + (args.eval_data or []):
         train, val = (sum(pair.where.startswith((f"{path}:", f"{path}, item ")) for pair in pairs)
                       for pairs in (train_pairs, val_pairs))
         lines += [f"data: {last_part(path)}, {content_of(path, args)}",
                   f"      {train} pairs to train on, {val} for validation"]
     judges = Counter((pair.judge, pair.scale) for pair in train_pairs + val_pairs
-                     if not math.isnan(pair.gap))
+                     if not math.isnan(pair.lean))
     for (judge, scale), count in judges.items():
         # A judge may be named by the path of its weights.
         judge = re.sub(r"(?<!\S)[/~.]\S*/", "", judge) or "not named"

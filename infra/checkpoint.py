@@ -2,7 +2,6 @@
 
     out_dir/args.json                 the flags; a resumed run must repeat them
     out_dir/metrics.jsonl             one line per step, one per evaluation
-    out_dir/audit.jsonl               one line per pair and epoch or evaluation, see audit.py
     out_dir/state/step-00000100/      float32 weights and moments, written whole or not at all
     out_dir/model.safetensors, ...    the student as a Hugging Face folder, or an adapter
 """
@@ -20,20 +19,19 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import CheckpointException
 from transformers import AutoModelForCausalLM
 
-import infra.distributed as dist
-from infra.command import BadInput, first_line, refuse
-from infra.disk import make_folder, writing
-from infra.lock import only_writer
+import infra.distributed as ranks
+from infra.command import BadInput, first_line
+from infra.files import atomic_write, make_folder, only_writer, writing
 from infra.lora import merged, save_adapter
 from infra.models import TOY_STUDENT, sample_weights, share_changed
 from infra.rounding import DROPPED_BITS, stochastic_round
-from infra.rows import atomic_write, read_flags
+from infra.rows import read_flags
 
 # ----------------------------------------------------------------------------------------- out_dir
 
 # Flags that a resumed run may change: they change neither the data nor the weights.
 FREE_TO_CHANGE = {"resume", "overwrite", "save_every", "save_dtype", "skip_saved_check",
-                  "cache_dir", "max_new_tokens"}
+                  "ref_cache_dir", "max_new_tokens"}
 
 
 @contextlib.contextmanager
@@ -41,7 +39,7 @@ def only_run_in(args):
     """Check out_dir, create it and hold its lock. If nothing was written, it is removed again."""
     is_new = not os.path.exists(args.out_dir)
     check_out_dir(args)
-    if dist.rank() > 0:
+    if ranks.rank() > 0:
         yield
         return
     make_folder("--out_dir", args.out_dir)  # or fail now, before anything is computed
@@ -59,38 +57,22 @@ def check_out_dir(args):
     is_new = not os.path.exists(out_dir) or (  # a run that was killed early leaves its lock
         os.path.isdir(out_dir) and set(os.listdir(out_dir)) <= {"run.lock"})
     is_model = args.model and os.path.realpath(args.model) == os.path.realpath(out_dir)
-    refuse(
-        f"--out_dir {out_dir}",
-        (is_model, "that is --model's own folder; give another --out_dir"),
-        (not is_new and not os.path.exists(path),
-         "exists and holds no run of train.py; give another --out_dir"),
-        (not is_new and not args.resume and not args.overwrite,
-         "holds an earlier run; add --resume to continue it or --overwrite to delete it"))
+    if is_model:
+        raise BadInput(f"--out_dir {out_dir}: that is --model's own folder; give another --out_dir")
+    if not is_new and not os.path.exists(path):
+        raise BadInput(f"--out_dir {out_dir}: exists and holds no run of train.py; give another "
+                       "--out_dir")
+    if not is_new and not args.resume and not args.overwrite:
+        raise BadInput(f"--out_dir {out_dir}: holds an earlier run; add --resume to continue it or "
+                       "--overwrite to delete it")
     if not is_new and args.resume:
         before = read_flags(out_dir, "another --out_dir, or --overwrite to begin again")
         if args.tokens_per_batch is None:  # what fitted then
             args.tokens_per_batch = before.get("tokens_per_batch")
         for name in sorted(before.keys() & vars(args).keys() - FREE_TO_CHANGE):
-            refuse("", (vars(args)[name] != before[name],
-                        f"--{name} is {vars(args)[name]}, but the run in {out_dir} has "
-                        f"{before[name]}; repeat its flags, or give another --out_dir"))
-
-
-def begin_out_dir(args, first_step):
-    """Write args.json into out_dir; returns its (metrics, audit) LogFiles, cut after first_step."""
-    dist.barrier()  # all ranks have checked out_dir and loaded its state
-    if dist.rank() > 0:
-        return LogFile(os.devnull), LogFile(os.devnull)
-    for name in os.listdir(args.out_dir) if args.overwrite else ():
-        path_before = os.path.join(args.out_dir, name)
-        if os.path.isdir(path_before) and not os.path.islink(path_before):
-            shutil.rmtree(path_before)
-        elif name != "run.lock":
-            os.remove(path_before)
-    text = json.dumps(vars(args) | {"torch": torch.__version__}, indent=1)
-    atomic_write(os.path.join(args.out_dir, "args.json"), text)
-    return tuple(LogFile(cut_log(os.path.join(args.out_dir, name), first_step))
-                 for name in ("metrics.jsonl", "audit.jsonl"))
+            if vars(args)[name] != before[name]:
+                raise BadInput(f"--{name} is {vars(args)[name]}, but the run in {out_dir} has "
+                               f"{before[name]}; repeat its flags, or give another --out_dir")
 
 
 def cut_log(path, last_step):
@@ -101,7 +83,6 @@ def cut_log(path, last_step):
             lines = [line for number, line in enumerate(file, 1) if line.endswith("\n")
                      and logged_step(line, f"{path}:{number}") <= last_step]
     atomic_write(path, "".join(lines))
-    return path
 
 
 def logged_step(line, where):
@@ -112,46 +93,101 @@ def logged_step(line, where):
         raise BadInput(f"{where}: damaged ({first_line(error)}); delete this line") from error
 
 
-class LogFile:
-    """Appends one JSON line at a time."""
+# --------------------------------------------------------------------------- the run and its state
 
-    def __init__(self, path):
+
+class Run:
+    """A run's flags, log and states in out_dir: what is needed to continue it."""
+
+    def __init__(self, args, masters, optimizer, scaler, data, reference_name):
+        """data is the train.Dataset; a state belongs to it and to the reference of that name."""
+        self.args, self.masters, self.optimizer, self.scaler = args, masters, optimizer, scaler
+        self.folder = os.path.join(args.out_dir, "state")
+        self.data_hash = content_hash(data, reference_name)
+
+    def begin(self):
+        """Load the newest state under --resume and open the log. Returns the first step."""
+        first_step = self.load() if self.args.resume else 0
+        ranks.barrier()  # all ranks have checked out_dir and loaded its state
+        path, out_dir = os.devnull, self.args.out_dir
+        if ranks.rank() == 0:
+            for name in os.listdir(out_dir) if self.args.overwrite else ():
+                before = os.path.join(out_dir, name)
+                if os.path.isdir(before) and not os.path.islink(before):
+                    shutil.rmtree(before)
+                elif name != "run.lock":
+                    os.remove(before)
+            text = json.dumps(vars(self.args) | {"torch": torch.__version__}, indent=1)
+            atomic_write(os.path.join(out_dir, "args.json"), text)
+            path = os.path.join(out_dir, "metrics.jsonl")
+            cut_log(path, first_step)
         self.file = open(path, "a", encoding="utf-8", buffering=1)  # flush whole lines
+        return first_step
 
     def log(self, **values):
         self.file.write(json.dumps(values) + "\n")
 
+    def save(self, step):
+        """Write a state to folder/step-N, then delete older ones.
 
-# ------------------------------------------------------------------------------------------- state
+        The folder is written under another name, then renamed. Under FSDP each rank writes its own
+        shards; otherwise rank 0 writes all.
+        """
+        name, is_writer = f"step-{step:08d}", ranks.rank() == 0
+        temporary = os.path.join(self.folder, f"{name}.tmp")
+        state = {"step": step, "scaler": self.scaler.state_dict(), "data": self.data_hash}
+        if is_writer:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.makedirs(temporary)
+        if self.args.fsdp:
+            ranks.barrier()
+            ranks.save_shards(temporary, self.masters, self.optimizer)
+        elif is_writer:
+            with writing(temporary):
+                save_file(self.masters.state_dict(), os.path.join(temporary, "model.safetensors"))
+            state["optimizer"] = self.optimizer.state_dict()
+        if is_writer:
+            with writing(temporary), open(os.path.join(temporary, "training.pt"), "wb") as file:
+                torch.save(state, file)
+            os.rename(temporary, os.path.join(self.folder, name))
+            for other in os.listdir(self.folder):
+                if other != name:
+                    shutil.rmtree(os.path.join(self.folder, other))
+        ranks.barrier()
 
+    def load(self):
+        """Load the newest state in place. Returns its step, 0 if there is none.
 
-def save_state(folder, step, masters, optimizer, scaler, args, data_hash):
-    """Write everything a resumed run needs to folder/step-N, then delete older states.
+        BadInput if it belongs to other rows or another model, or is damaged.
+        """
+        path = newest_state(self.folder)
+        if path is None:
+            return 0
+        try:
+            # map_location: else every rank would load rank 0's GPU tensors onto that GPU.
+            state = torch.load(os.path.join(path, "training.pt"), map_location="cpu",
+                               weights_only=True)
+            if state["data"] != self.data_hash:
+                raise BadInput(f"{self.folder}: the saved run had other rows, targets or weights "
+                               "of --model; give the same --data and --model, or another --out_dir")
+            if self.args.fsdp:
+                ranks.load_shards(path, self.masters, self.optimizer)
+            else:
+                self.masters.load_state_dict(load_file(os.path.join(path, "model.safetensors")))
+                self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            return state["step"]
+        except torch.OutOfMemoryError:
+            raise
+        except UNREADABLE as error:
+            raise BadInput(f"{path}: damaged ({type(error).__name__}); delete it: --resume then "
+                           "begins with the state before it, or with step 0") from error
 
-    The folder is written under another name, then renamed. Under FSDP each rank writes its own
-    shards; otherwise rank 0 writes all.
-    """
-    name, is_writer = f"step-{step:08d}", dist.rank() == 0
-    temporary = os.path.join(folder, f"{name}.tmp")
-    state = {"step": step, "scaler": scaler.state_dict(), "data": data_hash}
-    if is_writer:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.makedirs(temporary)
-    if args.fsdp:
-        dist.barrier()
-        dist.save_shards(temporary, masters, optimizer)
-    elif is_writer:
-        with writing(temporary):
-            save_file(masters.state_dict(), os.path.join(temporary, "model.safetensors"))
-        state["optimizer"] = optimizer.state_dict()
-    if is_writer:
-        with writing(temporary), open(os.path.join(temporary, "training.pt"), "wb") as file:
-            torch.save(state, file)
-        os.rename(temporary, os.path.join(folder, name))
-        for other in os.listdir(folder):
-            if other != name:
-                shutil.rmtree(os.path.join(folder, other))
-    dist.barrier()
+    def stopped(self, step, signal_number):
+        """End the process after a signal, by the usual exit code."""
+        print(f"stopped after step {step}, saved; the same command with --resume continues")
+        ranks.cleanup()
+        raise SystemExit(128 + signal_number)
 
 
 def content_hash(data, reference_name):
@@ -172,34 +208,6 @@ UNREADABLE = (CheckpointException, EOFError, LookupError, OSError, RuntimeError,
               TypeError, UnpicklingError, ValueError)
 
 
-def load_state(folder, masters, optimizer, scaler, args, data_hash):
-    """Load the newest state of a folder in place. Returns its step, 0 if there is none.
-
-    BadInput if it belongs to other rows or another model, or is damaged.
-    """
-    path = newest_state(folder)
-    if path is None:
-        return 0
-    try:
-        # map_location: else every rank would load rank 0's GPU tensors onto that GPU.
-        state = torch.load(os.path.join(path, "training.pt"), map_location="cpu", weights_only=True)
-        refuse(folder, (state["data"] != data_hash,
-                        "the saved run had other rows, targets or weights of --model; give the "
-                        "same --data and --model, or another --out_dir"))
-        if args.fsdp:
-            dist.load_shards(path, masters, optimizer)
-        else:
-            masters.load_state_dict(load_file(os.path.join(path, "model.safetensors")))
-            optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        return state["step"]
-    except torch.OutOfMemoryError:
-        raise
-    except UNREADABLE as error:
-        raise BadInput(f"{path}: damaged ({type(error).__name__}); delete it: --resume then begins "
-                       "with the state before it, or with step 0") from error
-
-
 class StopSignal:
     """Catches Ctrl-C and SIGTERM, so that the loop ends after its step and saves.
 
@@ -214,7 +222,7 @@ class StopSignal:
 
     def receive(self, number, _):
         self.number = number
-        if dist.world_size() == 1:
+        if ranks.world_size() == 1:
             signal.signal(number, signal.SIG_DFL)
 
 
@@ -228,10 +236,10 @@ def student_weights(policy, masters, dtype, seed):
     model's do under a 16-bit compute dtype. Buffers keep their dtype. Tied weights appear once.
     BadInput if dtype cannot hold a weight.
     """
-    weights, student, too_large = dist.full_state_dict(policy), {}, []
+    weights, student, too_large = ranks.full_state_dict(policy), {}, []
     if dtype not in DROPPED_BITS:  # wider: the masters, not their rounded copies
         weights |= {name.replace("/", "."): master
-                    for name, master in dist.full_state_dict(masters).items()}
+                    for name, master in ranks.full_state_dict(masters).items()}
     buffers = {name for name, _ in policy.named_buffers()}
     for name, tensor in merged(policy, weights):
         if name in policy.all_tied_weights_keys:
@@ -242,10 +250,11 @@ def student_weights(policy, masters, dtype, seed):
             tensor = stochastic_round(tensor.float(), dtype, seed, "save", name)
         # Copied, because Masters' weights are views of one tensor, which safetensors refuses.
         student[name] = tensor.to("cpu", None if name in buffers else dtype, copy=True)
-    refuse("--save_dtype", (  # on every rank: FSDP's others have no weights to look at
-        names := dist.broadcast(too_large),
-        f"{str(dtype)[6:]} cannot hold the weights of {', '.join(names[:3])}; the same command "
-        "with --resume and a wider --save_dtype saves the student"))
+    too_large = ranks.broadcast(too_large)  # FSDP's other ranks have no weights to look at
+    if too_large:
+        raise BadInput(f"--save_dtype: {str(dtype)[6:]} cannot hold the weights of "
+                       f"{', '.join(too_large[:3])}; the same command with --resume and a wider "
+                       "--save_dtype saves the student")
     return student
 
 
@@ -254,9 +263,9 @@ def export(policy, masters, tokenizer, dtype, weights_before, args):
 
     Every file is written aside, then moved. Returns the line to print.
     """
-    weights = (dist.full_state_dict(policy) if args.save_adapter
+    weights = (ranks.full_state_dict(policy) if args.save_adapter
                else student_weights(policy, masters, dtype, args.seed))
-    if dist.rank() > 0:
+    if ranks.rank() > 0:
         return ""
     aside = os.path.join(args.out_dir, "saving.tmp")
     shutil.rmtree(aside, ignore_errors=True)

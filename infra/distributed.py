@@ -21,7 +21,7 @@ from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
                                     register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor, init_device_mesh
 
-from infra.command import refuse
+from infra.command import BadInput
 
 
 def best_device():
@@ -45,16 +45,16 @@ def setup(args):
                       else "bfloat16" if has_bfloat16 else "float16")
     if args.tokens_per_batch is None and args.device != "cuda":  # see models.tokens_that_fit
         args.tokens_per_batch = 1024 if args.device == "cpu" else 2048
-    refuse(
-        "",
-        (not {"cuda": has_cuda, "mps": has_mps, "cpu": True}[args.device],
-         f"--device {args.device}: PyTorch finds none on this machine; take --device cpu"),
-        (args.dtype == "float16" and args.device != "cuda",
-         f"--dtype float16 needs --device cuda, not {args.device}; take float32 or bfloat16"),
-        (args.fsdp and not dist.is_torchelastic_launched(),
-         "--fsdp needs torchrun, such as torchrun --nproc_per_node=8 train.py --fsdp"),
-        (args.fsdp and args.dtype == "float16",
-         "--fsdp does not support float16; take float32 or bfloat16"))
+    if not {"cuda": has_cuda, "mps": has_mps, "cpu": True}[args.device]:
+        raise BadInput(f"--device {args.device}: PyTorch finds none on this machine; take --device "
+                       "cpu")
+    if args.dtype == "float16" and args.device != "cuda":
+        raise BadInput(f"--dtype float16 needs --device cuda, not {args.device}; take float32 or "
+                       "bfloat16")
+    if args.fsdp and not dist.is_torchelastic_launched():
+        raise BadInput("--fsdp needs torchrun, such as torchrun --nproc_per_node=8 train.py --fsdp")
+    if args.fsdp and args.dtype == "float16":
+        raise BadInput("--fsdp does not support float16; take float32 or bfloat16")
     # Until the loop catches SIGTERM itself, leave through every `finally`.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     device = torch.device(args.device)
@@ -112,12 +112,6 @@ def all_gather(values):
     if dist.is_initialized():
         dist.all_gather_object(lists, values)
     return sum(lists, [])
-
-
-def gather_rows(rows):
-    """{name: list of numbers} of all ranks' {name: tensor (n,)}. The CPU waits for the GPU once."""
-    values = torch.stack(list(rows.values())).tolist() if rows else []
-    return dict(all_gather(list(zip(rows, values))))
 
 
 def maximum(number):

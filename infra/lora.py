@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from infra.command import BadInput, first_line, refuse
+from infra.command import BadInput, first_line
 from infra.models import load_model
 from infra.rows import read_object
 
@@ -80,18 +80,18 @@ def add_lora(model, rank, alpha):
     model.requires_grad_(False)
     most = max((min(module.weight.shape) for module in model.base_model.modules()
                 if isinstance(module, nn.Linear)), default=rank)
-    refuse("--lora_rank", (rank > most, f"{rank} is more than the rank of this model's largest "
-                                        f"layer, {most}; give less"))
+    if rank > most:
+        raise BadInput(f"--lora_rank: {rank} is more than the rank of this model's largest layer, "
+                       f"{most}; give less")
     for name, module in list(model.base_model.named_modules()):
         if isinstance(module, nn.Linear):
             parent, _, leaf = name.rpartition(".")
             parent = model.base_model.get_submodule(parent)
             setattr(parent, leaf, LoRALinear(module, rank, alpha))
-        elif not isinstance(module, nn.Embedding):
-            has_matrix = any(weight.dim() > 1 for weight in module.parameters(recurse=False))
-            refuse("--lora_rank", (
-                has_matrix, f"LoRA adapts nn.Linear layers, but this model's {name} is a "
-                            f"{type(module).__name__}; train it whole, with --lora_rank 0"))
+        elif not isinstance(module, nn.Embedding) and any(
+                weight.dim() > 1 for weight in module.parameters(recurse=False)):
+            raise BadInput(f"--lora_rank: LoRA adapts nn.Linear layers, but this model's {name} is "
+                           f"a {type(module).__name__}; train it whole, with --lora_rank 0")
 
 
 def lora_layers(model):
@@ -178,9 +178,10 @@ def load_adapter(folder, dtype):
     config = read_object(path, "the folder of an adapter")
     rank, alpha, base = (config.get(key) for key in ("r", "lora_alpha", "base_model_name_or_path"))
     not_ours = "no adapter of train.py --save_adapter; merge it with peft, then give that folder"
-    refuse(path, (not FIXED.items() <= config.items() or len(config) != len(FIXED) + 4
-                  or not isinstance(base, str) or type(rank) is not int or rank < 1
-                  or type(alpha) not in (int, float), not_ours))
+    if (not FIXED.items() <= config.items() or len(config) != len(FIXED) + 4
+            or not isinstance(base, str) or type(rank) is not int or rank < 1
+            or type(alpha) not in (int, float)):
+        raise BadInput(f"{path}: {not_ours}")
     model = load_model(base, dtype)
     add_lora(model, rank, alpha)
     path = os.path.join(folder, TENSORS)
@@ -190,9 +191,10 @@ def load_adapter(folder, dtype):
         raise BadInput(f"{path}: damaged ({first_line(error)}); fetch it again") from error
     weights = {tensor_name(name, matrix): getattr(layer, matrix)
                for name, layer in lora_layers(model) for matrix in "AB"}
-    refuse(path, ({name: tensor.shape for name, tensor in tensors.items()}
-                  != {name: weight.shape for name, weight in weights.items()}
-                  or config["target_modules"] != target_modules(model), not_ours))
+    if ({name: tensor.shape for name, tensor in tensors.items()}
+            != {name: weight.shape for name, weight in weights.items()}
+            or config["target_modules"] != target_modules(model)):
+        raise BadInput(f"{path}: {not_ours}")
     for name, weight in weights.items():
         weight.data = tensors[name].to(model.dtype)
     return model

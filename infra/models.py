@@ -1,4 +1,5 @@
 """Models and tokenizers: loading them, and what training changes about a loaded model."""
+import contextlib
 import functools
 import gc
 import json
@@ -14,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
-import infra.distributed as dist
-from infra.command import BadInput, first_line, refuse
+import infra.distributed as ranks
+from infra.command import BadInput, first_line
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOY_STUDENT = os.path.join(ROOT, "toy", "student")
@@ -28,9 +29,9 @@ def is_hub_id(model):
 
 def check_model_name(model, flag="--model"):
     """BadInput for a missing folder. What reads like owner/name is left to the hub."""
-    refuse(f"{flag} {model}", (
-        not os.path.isdir(model) and not is_hub_id(model),
-        f"no such folder; {flag} takes a model folder or a hub id such as owner/name"))
+    if not os.path.isdir(model) and not is_hub_id(model):
+        raise BadInput(f"{flag} {model}: no such folder; {flag} takes a model folder or a hub id "
+                       "such as owner/name")
 
 
 def load_tokenizer(model, template_kwargs=None):
@@ -46,15 +47,15 @@ def load_tokenizer(model, template_kwargs=None):
     except (OSError, ValueError) as error:
         raise BadInput(f"--model {model}: no tokenizer found ({first_line(error)}); "
                        "--model takes a model folder or a hub id") from error
-    refuse(f"--model {model}", (
-        tokenizer.eos_token_id is None,
-        "its tokenizer has no eos token to end an answer; set eos_token in tokenizer_config.json"))
+    if tokenizer.eos_token_id is None:
+        raise BadInput(f"--model {model}: its tokenizer has no eos token to end an answer; set "
+                       "eos_token in tokenizer_config.json")
     if template_kwargs:
         template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
-        refuse(f"--model {model}", *(
-            (not re.search(rf"\b{name}\b", template),
-             f"its chat template does not use `{name}`; correct or leave out --template_kwargs")
-            for name in template_kwargs))
+        for name in template_kwargs:
+            if not re.search(rf"\b{name}\b", template):
+                raise BadInput(f"--model {model}: its chat template does not use `{name}`; correct "
+                               "or leave out --template_kwargs")
         tokenizer.chat_template = "".join(
             f"{{%- if {name} is not defined %}}"
             f"{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}{{% endif %}}"
@@ -77,8 +78,9 @@ def load_model(model, dtype=torch.float32, kind=AutoModelForCausalLM, flag="--mo
         raise BadInput(f"{flag} {model}: cannot be loaded ({first_line(error)}); "
                        f"{flag} takes a model folder or a hub id") from error
     missing = sorted(found["missing_keys"])  # transformers would make them up at random
-    refuse(f"{flag} {model}", (missing, f"its files lack {len(missing)} of the weights, such as "
-                                         f"{''.join(missing[:1])}; fetch it again"))
+    if missing:
+        raise BadInput(f"{flag} {model}: its files lack {len(missing)} of the weights, such as "
+                       f"{missing[0]}; fetch it again")
     if loaded.base_model is loaded:  # Llama4ForCausalLM: its prefix is that of the larger model
         loaded.base_model_prefix = "model"
     return loaded.eval()
@@ -114,13 +116,13 @@ def tokens_that_fit(model, checkpointing):
     config = model.config.get_text_config()
     hidden, wide = config.hidden_size, vars(config).get("intermediate_size")
     layer = 36 * hidden + 8 * (wide if isinstance(wide, int) else 4 * hidden)
-    trained = sum(dist.local_shard(weight)[0].numel() for weight in model.parameters()
+    trained = sum(ranks.local_shard(weight)[0].numel() for weight in model.parameters()
                   if weight.requires_grad)
     layers = config.num_hidden_layers
     token = 4 * layers * hidden + layer if checkpointing else layers * layer
     free = 0.9 * torch.cuda.mem_get_info()[0] - 16 * trained - 1e9
     tokens = min(max(1024, int(free / token) // 1024 * 1024), 8192)
-    return -dist.maximum(-tokens)  # of the rank with the least
+    return -ranks.maximum(-tokens)  # of the rank with the least
 
 
 def sample_weights(weights):
@@ -140,7 +142,8 @@ def decoder_layers(model, flag):
     """The decoder's stacked blocks. BadInput names the flag if transformers does not mark them."""
     layers = [module for module in model.modules()
               if isinstance(module, GradientCheckpointingLayer)]
-    refuse(flag, (not layers, "this architecture does not mark its layers; leave the flag out"))
+    if not layers:
+        raise BadInput(f"{flag}: this architecture does not mark its layers; leave the flag out")
     return layers
 
 
@@ -153,6 +156,11 @@ def compile_layers(model):
     torch._dynamo.config.recompile_limit = 32
     for layer in decoder_layers(model, "--compile"):
         layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
+def eager(args):
+    """Without compiling, where it would make graphs that training never uses."""
+    return torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
 
 
 def checkpoint_layers(model):

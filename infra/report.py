@@ -55,7 +55,7 @@ def show_report(path, pairs, held_out, counts, tokenizer):
     if counts.unscored:
         print("with --loss rdpo, the default, or dsc train.py would stop at rows without two "
               f"scores, {len(counts.unscored)} in all: {few(counts.unscored)}")
-    nulls = {pair.where for pair in pairs if math.isnan(pair.gap)} - set(counts.unscored)
+    nulls = {pair.where for pair in pairs if math.isnan(pair.lean)} - set(counts.unscored)
     if nulls:
         print(f"{len(nulls)} pairs have a `null` score: rdpo and dsc leave them out")
     if not held_out:
@@ -68,11 +68,11 @@ def show_report(path, pairs, held_out, counts, tokenizer):
         print(f"{name:9s} {min(lengths):7d} {median:7d} {max(lengths):7d}")
     of_judge = {}
     for pair in pairs:
-        if not math.isnan(pair.gap):
+        if not math.isnan(pair.lean):
             what = f"pairs scored by {pair.judge}" if pair.judge else "scored pairs"
             if pair.scale not in (None, 5):
                 what += f" (scale of {pair.scale:g} widened to 5)"
-            of_judge.setdefault(what, []).append(pair.gap)
+            of_judge.setdefault(what, []).append(pair.lean)
     for what, gaps in of_judge.items():
         print()
         show_gaps(gaps, what)

@@ -14,7 +14,7 @@ import shutil
 import torch
 import torch.nn as nn
 
-import infra.distributed as dist
+import infra.distributed as ranks
 
 DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of float32's 23 bits of mantissa
 CHUNK = {"cpu": 2**18, "cuda": 2**22, "mps": 2**22}  # weights at a time: bounds the temporaries
@@ -106,7 +106,7 @@ class Masters(nn.Module):
         weights = {name: weight for name, weight in model.named_parameters()
                    if weight.requires_grad}
         if dtype != torch.float32:
-            split = self.split_shards if dist.is_sharded(model) else self.split
+            split = self.split_shards if ranks.is_sharded(model) else self.split
             self.pairs = list(zip(split(list(weights.values())), weights.values()))
         masters = [master for master, _ in self.pairs] or weights.values()
         for name, master in zip(weights, masters):
@@ -132,7 +132,7 @@ class Masters(nn.Module):
         starts = itertools.accumulate((weight.numel() for weight in weights), initial=0)
         parameters = [nn.Parameter(weight.detach().clone()) for weight in weights]
         for parameter, weight, start in zip(parameters, weights, starts):
-            (master, first), (copy, _) = map(dist.local_shard, (parameter, weight))
+            (master, first), (copy, _) = map(ranks.local_shard, (parameter, weight))
             self.flat.append((master.view(-1), copy.view(-1), start + first))
         return parameters
 

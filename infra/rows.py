@@ -361,8 +361,14 @@ def check_pair(row, where, needs_scores):
          "the last message of `prompt` must be the user's"),
         (None in answers, "`chosen` and `rejected` must each be text or one assistant message, "
                           "after the same messages"))
+    tau = math.nan
     if has_tau(row):
-        row = row | {"score_chosen": log_odds(row["tau"], where), "score_rejected": 0.0}
+        tau = row["tau"]
+        is_number = isinstance(tau, (int, float)) and not isinstance(tau, bool)
+        refuse(where, (tau is not None and not (is_number and 0 <= tau <= 1),
+                       f"`tau` is {json.dumps(tau)[:40]}; it must be from 0 to 1, or null"))
+        tau = math.nan if tau is None else float(tau)
+        needs_scores = False
     scores = [row.get(name) for name in ("score_chosen", "score_rejected")]
     for name, score in zip(("score_chosen", "score_rejected"), scores):
         is_number = isinstance(score, (int, float)) and not isinstance(score, bool)
@@ -372,7 +378,7 @@ def check_pair(row, where, needs_scores):
              f"no `{name}`; this loss needs both scores: run reward.py, or use --loss dpo or sft"),
             (score is not None and not (is_number and abs(score) <= LARGEST_SCORE),
              f"`{name}` is {json.dumps(score)[:40]}; a score must be a finite number, or null"))
-    return prompt, *answers, *(None if score is None else float(score) for score in scores)
+    return prompt, *answers, [None if score is None else float(score) for score in scores], tau
 
 
 def has_tau(row):
@@ -433,3 +439,18 @@ def is_cut(row):
     finish = teacher.get("finish") if isinstance(teacher, dict) else None
     return isinstance(finish, list) and any(
         reason not in FINISHED for reason in finish[:1] + finish[-1:])
+
+
+def check_judges(pairs):
+    """BadInput if several judges scored the pairs and one of them has no scale.
+
+    A gap of 1 then means different things, which no temperature makes up for.
+    """
+    of_judge = {(pair.judge, pair.scale): pair for pair in reversed(pairs)
+                if not math.isnan(pair.lean)}  # the first pair of each
+    for (judge, scale), pair in of_judge.items():
+        if scale is None and len(of_judge) > 1:
+            raise BadInput(
+                f"{pair.where}: scored by {judge or 'an unnamed judge'} on an unknown scale, and "
+                'other rows are scored otherwise; add "judge": {"scale": [lowest, highest]} to its '
+                "rows, or train on one judge's rows at a time")

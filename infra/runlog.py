@@ -6,49 +6,43 @@ import sys
 
 import torch
 
-import infra.distributed as dist
+import infra.distributed as ranks
 from infra.models import TOY_STUDENT
-from infra.report import side_by_side
-from infra.rows import read_rows
 
 TABLE_HEAD = ("  step    loss | validation: loss  accuracy  agrees with scores  margin  "
               "logp chosen  rejected")
 
 
-def print_plan(args, policy, train_count, val_count, reference, first_step, total_steps):
-    """Print what is trained on what."""
+def print_plan(args, policy, train, val, cache, first_step, total_steps, weights, dtype):
+    """Print what is trained on what, and the head of the table.
+
+    weights are samples {name: tensor} of the student's, dtype is what they are computed with or
+    saved in: under 16 bits a line has the step of its grid beside the learning rate.
+    """
     sizes = [(weight.numel(), weight.requires_grad) for weight in policy.parameters()]
     total, trained = sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if is_trained)
     name = args.model or f"{os.path.relpath(TOY_STUDENT)}, bundled (or --model FOLDER_OR_HUB_ID)"
     if args.lora_rank:
         name += (f", LoRA rank {args.lora_rank}: {trained:,} of {total:,} parameters are trained, "
                  f"{100 * trained / total:.2f} %")
-    if args.reference:
-        name += f"\nreference: {args.reference}"
-    where = args.device if dist.world_size() == 1 else f"{dist.world_size()} x {args.device}"
+    where = args.device if ranks.world_size() == 1 else f"{ranks.world_size()} x {args.device}"
     where += ", sharded" if args.fsdp else ""
-    temperature = f", T {args.temperature:g}" if args.loss == "rdpo" else ""
+    temperature = f", T {args.tau_temperature:g}" if args.loss == "rdpo" else ""
     start = f", from step {first_step}" if first_step else ""
     print(f"student: {name}\n"
-          f"data: {' '.join(args.data)}, {train_count} pairs to train on, {val_count} for "
-          f"validation; reference computed for {reference}\n"
+          f"data: {' '.join(args.data)}, {len(train.pairs)} pairs to train on, {len(val.pairs)} "
+          f"for validation; reference computed for {cache.computed} in {cache.seconds:.1f} s\n"
           f"{args.loss}: {total_steps} steps of {args.batch_size} pairs on {where} in "
           f"{args.dtype}, learning rate {args.learning_rate:g}, beta {args.beta:g}"
           f"{temperature}{start}")
-
-
-def print_grid(weights, dtype, args):
-    """Print the step of a 16-bit grid beside the learning rate; nothing under float32.
-
-    weights are {name: sample} of the student's; dtype is what they are computed with or saved in.
-    """
-    if dtype == torch.float32:
-        return
-    typical = torch.cat([sample.float().abs() for sample in weights.values()]).median().item()
-    step = torch.finfo(dtype).eps * 2 ** math.floor(math.log2(typical))
-    updates = step / args.learning_rate if args.learning_rate else math.inf
-    print(f"grid: near a typical weight, {typical:.2g}, {str(dtype)[6:]} has steps of {step:.1g}: "
-          f"{updates:{'.0f' if updates >= 10 else '.2g'}} updates at this learning rate")
+    if dtype != torch.float32:
+        typical = torch.cat([sample.float().abs() for sample in weights.values()]).median().item()
+        step = torch.finfo(dtype).eps * 2 ** math.floor(math.log2(typical))
+        updates = step / args.learning_rate if args.learning_rate else math.inf
+        print(f"grid: near a typical weight, {typical:.2g}, {str(dtype)[6:]} has steps of "
+              f"{step:.1g}: {updates:{'.0f' if updates >= 10 else '.2g'}} updates at this learning "
+              "rate")
+    print("\n" + TABLE_HEAD)
 
 
 def table_line(label, metrics, val_metrics):
@@ -64,36 +58,6 @@ def table_line(label, metrics, val_metrics):
     return (f"{first:.14s} | {value['loss']:16.4f}  {value['rewards/accuracies']:8.2f}  "
             f"{agreement:>18}  {margin:+6.2f}  {value['logps/chosen']:11.1f}  "
             f"{value['logps/rejected']:8.1f}")
-
-
-class SampleAnswers:
-    """Prompts whose answers are printed at the end, as the reference and the student give them.
-
-    For the toy student: held-out prompts, on which its world computes what is right. Else the
-    first validation prompts.
-    """
-
-    def __init__(self, is_toy, val_pairs):
-        if is_toy:
-            path = os.path.join(os.path.dirname(TOY_STUDENT), "held_out.jsonl")
-            self.rows = [row for _, row in read_rows(path)]
-            self.prompts = [row["prompt"] for row in self.rows]
-            self.shown = slice(4, 7)  # a harmful, a harmless and a role-play request
-        else:
-            by_ids = {tuple(pair.prompt_ids): pair.prompt for pair in val_pairs}
-            self.rows, self.prompts, self.shown = None, list(by_ids.values())[:3], slice(0, 3)
-
-    def report(self, before, after):
-        """Text: three prompts with both answers; for the toy, the share of right answers."""
-        shown = {"reference": before[self.shown], "student": after[self.shown]}
-        text = side_by_side(self.prompts[self.shown], shown)
-        if self.rows is None:
-            return text
-        from toy import world
-        before, after = world.rates(self.rows, before), world.rates(self.rows, after)
-        lines = [f"right answers to {len(self.rows)} held-out prompts  reference  student"]
-        lines += [f"{name:37s}  {before[name]:9.2f}  {after[name]:7.2f}" for name in before]
-        return "\n".join([text, *lines])
 
 
 def peak_memory_mib(device):

@@ -3,9 +3,10 @@ import math
 
 import torch
 
-import infra.distributed as dist
+import infra.distributed as ranks
 from infra.checkpoint import newest_state
-from infra.command import first_line, refuse, warn
+from infra.command import BadInput, first_line, warn
+from infra.models import position_limit
 
 # How far a token's log-probability may move when other rows share its batch: (bias, noise).
 # Over N tokens bias grows with N, noise with sqrt(N). (SmolLM2-135M in bfloat16: noise 0.06 per
@@ -21,48 +22,67 @@ def check_equal(what, logps, expected, tokens, dtype, remedy):
     bias, noise = ROUNDING[dtype]
     difference, tokens = (logps.cpu() - expected.cpu()).abs(), torch.tensor(tokens)  # (B,) each
     allowed = 1e-3 + bias * tokens + noise * tokens.sqrt()  # (B,)
-    refuse("", (not (difference <= allowed).all(),
-                f"{what} differ by up to {difference.max():.4g}; {remedy}"))
-
-
-def check_finite(logps, where):
-    refuse(where, (not logps.isfinite().all(), "the reference's log-probability is not finite; "
-                                               "are the weights of --model sound?"))
+    if not (difference <= allowed).all():
+        raise BadInput(f"{what} differ by up to {difference.max():.4g}; {remedy}")
 
 
 @torch.no_grad()
-def can_share_prefix(pairs, policy_name, plain_logps, fast_logps, dtype):
-    """(whether the model can read whole pairs [prompt | chosen | rejected] in one row, else why).
+def can_share_prefix(policy, pairs, args, fast_logps, plain_logps):
+    """Whether the model can read whole pairs [prompt | chosen | rejected ...] in one sequence.
 
-    Decided by trying it on B pairs: architectures differ in how they take masks and positions.
-    plain_logps() gives their (2B,) from the model's own logits, fast_logps(share_prefix) from one
-    of the two layouts. BadInput if the layout with one answer per row is wrong too.
+    Decided by trying it on the longest pair that fits and the shortest: architectures differ in
+    how they take masks and positions. plain_logps(policy, pairs) gives (2B,) from the model's own
+    logits, fast_logps(pairs, share_prefix) from one of the two layouts. BadInput if the layout
+    with one answer per row is wrong too, or a row is too long for the model.
     """
-    tokens = [len(pair.chosen_ids) for pair in pairs] + [len(pair.rejected_ids) for pair in pairs]
-    plain, separate = plain_logps(), fast_logps(False)  # (2B,) each
-    check_finite(plain, pairs[0].where)
-    check_equal(f"--model {policy_name}: log-probabilities from hidden states and from the model's "
-                "own logits", separate, plain, tokens, dtype,
+    limit, longest = position_limit(policy), max(pairs, key=longest_sequence)
+    if longest_sequence(longest) > limit:
+        raise BadInput(f"--max_length {args.max_length}: the longest row has "
+                       f"{longest_sequence(longest)} tokens, but the model takes {limit}; "
+                       f"--max_length {limit}")
+    shortest = min(pairs, key=longest_sequence)
+    fitting = [pair for pair in pairs if 2 * longest_sequence(pair) <= args.tokens_per_batch]
+    tried = [max(fitting, key=longest_sequence, default=shortest), shortest]
+    tokens = [len(pair.chosen_ids) for pair in tried] + [len(pair.rejected_ids) for pair in tried]
+    dtype = getattr(torch, args.dtype)
+
+    plain, separate = plain_logps(policy, tried), fast_logps(tried, False)  # (4,) each
+    if not plain.isfinite().all():
+        raise BadInput(f"{tried[0].where}: the reference's log-probability is not finite; are the "
+                       "weights of --model sound?")
+    check_equal(f"--model {policy.name_or_path}: log-probabilities from hidden states and from the "
+                "model's own logits", separate, plain, tokens, dtype,
                 "an architecture that changes its logits after the output head is not supported")
+    works, reason = True, ""
     try:
-        check_equal("log-probabilities of shared and separate rows", fast_logps(True), separate,
-                    tokens, dtype, "the model ignores masks or positions")
+        check_equal("log-probabilities of shared and separate rows", fast_logps(tried, True),
+                    separate, tokens, dtype, "the model ignores masks or positions")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever it is, the layout that is taken instead was right above
-        return False, first_line(error)
-    return True, ""
+        works, reason = False, first_line(error)
+    works, reason = ranks.broadcast((works, reason))
+    if not works:
+        print(f"layout: one answer per row; the model cannot read several in one ({reason})")
+    return works
 
 
-def check_step_0(log_ratios, tokens, dtype, cache_path):
-    """BadInput if a pair's two log pi - log ref are not 0 at step 0. The loss then is ln 2.
+def longest_sequence(pair):
+    """Tokens of the prompt and the longer answer."""
+    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
 
-    log_ratios maps the pairs' names to them, tokens to the length of the longer conversation.
+
+def check_step_0(pairs, values, args, cache_path):
+    """BadInput unless the implicit rewards of these pairs are 0: the loss then is ln 2.
+
+    They are beta * (log pi - log ref), and at step 0 the policy is the reference. values are
+    train.pair_metrics.
     """
-    for where, ratios in log_ratios.items():
-        check_equal(f"{where}: at step 0 the log-probabilities of policy and cached reference",
-                    torch.tensor(ratios), torch.zeros(2), [tokens[where]] * 2, dtype,
-                    f"delete {cache_path}")
+    rewards = torch.stack([values["rewards/chosen"], values["rewards/rejected"]], 1)  # (B, 2)
+    for pair, log_ratios in zip(pairs, rewards.cpu() / args.beta):
+        check_equal(f"{pair.where}: at step 0 the log-probabilities of policy and cached reference",
+                    log_ratios, torch.zeros(2), [longest_sequence(pair)] * 2,
+                    getattr(torch, args.dtype), f"delete {cache_path}")
 
 
 @torch.no_grad()
@@ -71,38 +91,40 @@ def check_student(step, masters, loss, state_dir):
 
     The loss is not finite either if weights are so large that the forward pass overflows.
     """
-    finite = torch.stack([dist.local_shard(weight)[0].isfinite().all()
+    finite = torch.stack([ranks.local_shard(weight)[0].isfinite().all()
                           for weight in masters.parameters()])
     is_finite = math.isfinite(loss) and bool(finite.all())  # the CPU waits for the GPU once
+    if not ranks.maximum(int(not is_finite)):
+        return
     newest = newest_state(state_dir)
-    resumed = newest and newest.endswith(f"{step:08d}")  # by a version that did not check
-    refuse(f"step {step}", (
-        dist.maximum(int(not is_finite)),
-        f"the student has weights or a validation loss ({loss:.4g}) that are not finite, and is "
-        f"not saved; {f'delete {newest}' if resumed else remedy(step, state_dir)}"))
+    resumed = newest and newest.endswith(f"{step:08d}")  # saved before a loss showed it
+    raise BadInput(f"step {step}: the student has weights or a validation loss ({loss:.4g}) that "
+                   "are not finite, and is not saved; "
+                   f"{f'delete {newest}' if resumed else remedy(step, state_dir)}")
 
 
 def remedy(step, state_dir):
     """What to do if a number is not finite after so many steps."""
     if step == 0:
         return ("no step has been taken, so --learning_rate is not the cause; lower --beta, "
-                "--sft_weight or the rows' scores, or raise --temperature")
+                "--sft_weight or the rows' scores, or raise --tau_temperature")
     newest = newest_state(state_dir)
     return "lower --learning_rate" + (f"; the last good state is in {newest}" if newest else "")
 
 
-def check_step(step, loss, grad_norm, scaler, log_ratios, state_dir):
+def check_step(step, loss, grad_norm, scaler, pairs, values, state_dir):
     """BadInput if the loss or the gradient is not finite, before the step is taken.
 
-    Under float16 gradients may overflow: then GradScaler skips the step and lowers its scale.
+    pairs and values are this rank's, as in check_step_0. Under float16 gradients may overflow:
+    then GradScaler skips the step and lowers its scale.
     """
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
-    can_lower = scaler.get_scale() > 1
-    bad = [where for where, ratios in log_ratios.items() if not all(map(math.isfinite, ratios))]
-    rows = ", ".join((bad or list(log_ratios))[:3])
-    refuse("", (not math.isfinite(loss) or not can_lower,
-                f"step {step + 1}: loss {loss}, gradient norm {grad_norm}, rows {rows}; "
-                f"{remedy(step, state_dir)}"))
-    warn(f"step {step + 1} skipped: its gradients overflow float16 at a loss scale of "
-         f"{scaler.get_scale():g}, which is lowered now")
+    if math.isfinite(loss) and scaler.get_scale() > 1:
+        return warn(f"step {step + 1} skipped: its gradients overflow float16 at a loss scale of "
+                    f"{scaler.get_scale():g}, which is lowered now")
+    finite = values["rewards/margins"].isfinite().tolist()
+    judged = ranks.all_gather([(pair.where, good) for pair, good in zip(pairs, finite)])
+    rows = [where for where, good in judged if not good] or [where for where, _ in judged]
+    raise BadInput(f"step {step + 1}: loss {loss}, gradient norm {grad_norm}, rows "
+                   f"{', '.join(rows[:3])}; {remedy(step, state_dir)}")

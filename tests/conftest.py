@@ -92,7 +92,7 @@ def random_pairs(count, vocab=97, seed=0):
         return torch.randint(vocab, (length,), generator=rng).tolist()
 
     return [Pair(f"random:{i}", f"prompt {i}", ids(3, 20), ids(1, 30), ids(1, 30),
-                 float(i % 5), 2.0) for i in range(count)]
+                 score_gap=i % 5 - 2.0) for i in range(count)]
 
 
 @pytest.fixture(scope="session")
@@ -186,7 +186,7 @@ def run_train(tmp_path, capsys, monkeypatch):
 
     def run_train(*flags, curves=False):
         argv = [str(flag) for flag in flags]
-        defaults = {"--out_dir": tmp_path / "out", "--cache_dir": tmp_path / "cache",
+        defaults = {"--out_dir": tmp_path / "out", "--ref_cache_dir": tmp_path / "cache",
                     "--max_new_tokens": 2}
         for name, default in defaults.items():
             argv += [] if name in argv else [name, default]

@@ -313,7 +313,7 @@ WORDS = ("", "no such word")
 WHOLE = (*WORDS, 1.5, "nan", "inf", -1, 10**30)
 REAL = (*WORDS, "nan", "inf", "-inf", 1e39, 1e-40)
 BAD_VALUES = {
-    **dict.fromkeys(("data", "eval_data", "model", "reference", "cache_dir", "out_dir"),
+    **dict.fromkeys(("data", "eval_data", "model", "reference", "ref_cache_dir", "out_dir"),
                     ("",)),
     **dict.fromkeys(("loss", "dtype", "device", "save_dtype", "template_kwargs"), WORDS),
     **dict.fromkeys(("max_length", "epochs", "max_steps", "batch_size", "tokens_per_batch",
@@ -336,7 +336,7 @@ def test_every_flag_refuses_values_out_of_its_range(run_train):
 
 @pytest.mark.parametrize("flags", [
     ["--label_smoothing", 0.1], ["--lora_alpha", 8], ["--save_adapter"], ["--fsdp", "--compile"],
-    ["--fsdp"], ["--betta", 1], ["--temperature", 2, "--loss", "dpo"],
+    ["--fsdp"], ["--betta", 1], ["--tau_temperature", 2, "--loss", "dpo"],
     ["--sft_weight", 0.1, "--loss", "dsc"]], ids=str)
 def test_flags_that_do_not_go_together(run_train, flags):
     assert_one_line(run_train("--data", "rows.jsonl", *flags), flags[0])
@@ -361,7 +361,7 @@ def test_validation_rows_that_are_also_trained_on(run_train, write_rows, tmp_pat
     assert code == 0 and "7 of 8 pairs of --eval_data have a prompt of --data" in err
 
 
-@pytest.mark.parametrize("flag", ["--out_dir", "--cache_dir"])
+@pytest.mark.parametrize("flag", ["--out_dir", "--ref_cache_dir"])
 def test_folders_that_cannot_be_made(run_train, write_rows, tmp_path, flag):
     path = write_rows(rows_with(30))
     for folder in ("/proc/x", path, os.path.join(path, "below"), tmp_path / ("a" * 300)):

@@ -27,10 +27,10 @@ def args_of(folder, *flags):
     (["args.json"], [], "holds an earlier run"), (["letter"], [], "holds no run"),
     (["letter"], ["--resume"], "holds no run"), (["letter"], ["--overwrite"], "holds no run"),
     (["args.json"], ["--resume", "--beta", 0.3], "--beta is 0.3, but the run in .* has 0.1"),
-    (["args.json"], ["--resume", "--seed", 1, "--warmup", 0, "--beta", 0.3, "--epochs", 2,
+    (["args.json"], ["--resume", "--seed", 1, "--warmup_ratio", 0, "--beta", 0.3, "--epochs", 2,
                      "--batch_size", 3, "--save_every", 3], "--batch_size is 3"),
     ("a file", ["--overwrite"], "holds no run"),
-    (["args.json"], ["--resume", "--save_every", 3, "--cache_dir", "c", "--skip_saved_check"],
+    (["args.json"], ["--resume", "--save_every", 3, "--ref_cache_dir", "c", "--skip_saved_check"],
      None),
     (["args.json"], ["--overwrite", "--beta", 0.3], None)], ids=str)
 def test_out_dir_is_new_or_holds_the_run_to_continue_or_to_delete(
@@ -68,25 +68,30 @@ def test_out_dir_is_not_the_students_own(tmp_path):
             checkpoint.check_out_dir(args_of(out_dir, "--model", tmp_path))
 
 
-def test_metrics_go_on_after_the_step_that_was_saved(tmp_path):
+def run_in(folder, *flags, parts=(None, None, None), data=None):
+    """The Run of an out_dir, with (masters, optimizer, scaler)."""
+    data = data or types.SimpleNamespace(pairs=random_pairs(3), tau=torch.ones(3))
+    return checkpoint.Run(args_of(folder, *flags), *parts, data, "these weights")
+
+
+def test_metrics_go_on_after_the_step_that_was_saved(tmp_path, monkeypatch):
     def steps(first_step, *flags):
-        """The steps in each log after a run that begins at first_step has logged one."""
-        for log in checkpoint.begin_out_dir(args_of(tmp_path, *flags), first_step):
-            log.log(step=first_step + 1)
-        logged, audited = ([line["step"] for line in read_lines(tmp_path / f"{name}.jsonl")]
-                           for name in ("metrics", "audit"))
-        assert logged == audited
-        return logged
+        """The steps in the log after a run that begins at first_step has logged one."""
+        run = run_in(tmp_path, *flags)
+        monkeypatch.setattr(run, "load", lambda: first_step)
+        assert run.begin() == (first_step if "--resume" in flags else 0)
+        run.log(step=first_step + 1)
+        return [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")]
 
     assert steps(2, "--resume") == [3]  # somebody has deleted the files
-    for name in ("metrics.jsonl", "audit.jsonl"):
-        (tmp_path / name).write_text("".join(f'{{"step": {i}}}\n' for i in range(6)) + '{"s')
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f'{{"step": {i}}}\n' for i in range(6)) + '{"s')
     assert steps(3, "--resume") == [0, 1, 2, 3, 4]
     (tmp_path / "curves.png").write_text("")
     assert steps(0, "--resume") == [1] and (tmp_path / "curves.png").exists()
     assert steps(0, "--overwrite") == [1] and not (tmp_path / "curves.png").exists()
     (tmp_path / "new").mkdir()
-    checkpoint.begin_out_dir(args_of(tmp_path / "new", "--overwrite"), 0)
+    run_in(tmp_path / "new", "--overwrite").begin()
     written = json.loads((tmp_path / "args.json").read_text())
     assert written["overwrite"] is True and written["torch"] == torch.__version__
 
@@ -135,22 +140,23 @@ def test_a_state_takes_the_place_of_older_and_of_half_written_ones(tmp_path):
     masters(torch.ones(3)).sum().backward()
     optimizer.step()
     scaler.load_state_dict(scaler.state_dict() | {"scale": 8.0})
-    args = args_of(tmp_path)
+    state = tmp_path / "state"
     for name in [f"step-{i:08d}" for i in range(9, 0, -1)] + ["step-00000010.tmp"]:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "junk").write_text("half")
-    assert checkpoint.newest_state(tmp_path) == os.path.join(tmp_path, "step-00000009")
-    checkpoint.save_state(tmp_path, 10, masters, optimizer, scaler, args, "these rows")
-    assert os.listdir(tmp_path) == ["step-00000010"]
-    assert sorted(os.listdir(tmp_path / "step-00000010")) == ["model.safetensors", "training.pt"]
+        (state / name).mkdir(parents=True)
+        (state / name / "junk").write_text("half")
+    assert checkpoint.newest_state(state) == os.path.join(state, "step-00000009")
+    run_in(tmp_path, parts=(masters, optimizer, scaler)).save(10)
+    assert os.listdir(state) == ["step-00000010"]
+    assert sorted(os.listdir(state / "step-00000010")) == ["model.safetensors", "training.pt"]
     other = parts()
-    assert checkpoint.load_state(tmp_path, *other, args, "these rows") == 10
+    assert run_in(tmp_path, parts=other).load() == 10
     assert torch.equal(other[0].weight, masters.weight) and other[2].get_scale() == 8
     moments = [each.state_dict()["state"][0]["exp_avg"] for each in (optimizer, other[1])]
     assert torch.equal(*moments) and moments[0].any()
     with pytest.raises(BadInput, match="other rows"):
-        checkpoint.load_state(tmp_path, *parts(), args, "other rows")
-    assert checkpoint.load_state(tmp_path / "missing", *parts(), args, "these rows") == 0
+        run_in(tmp_path, parts=parts(), data=types.SimpleNamespace(
+            pairs=random_pairs(2), tau=torch.ones(2))).load()
+    assert run_in(tmp_path / "missing", parts=parts()).load() == 0
 
 
 class Evil:
@@ -164,11 +170,11 @@ class Evil:
 
 
 def test_a_state_is_data_and_never_runs_code(tmp_path):
-    (tmp_path / "step-00000001").mkdir()
-    torch.save({"data": "these rows", "step": Evil(tmp_path / "run")},
-               tmp_path / "step-00000001" / "training.pt")
+    state, run = tmp_path / "state" / "step-00000001", run_in(tmp_path)
+    state.mkdir(parents=True)
+    torch.save({"data": run.data_hash, "step": Evil(tmp_path / "run")}, state / "training.pt")
     with pytest.raises((BadInput, pickle.UnpicklingError)):
-        checkpoint.load_state(tmp_path, None, None, None, args_of(tmp_path), "these rows")
+        run.load()
     assert not (tmp_path / "run").exists()
 
 

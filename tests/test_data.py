@@ -13,9 +13,12 @@ from conftest import ROOT, random_pairs, read_metrics
 import data
 from data import (Pair, batch_tokens, collate, encode_pair, epoch_order, load_pairs, micro_batches,
                   split_train_val, truncate)
+from infra import packing
 from infra.command import BadInput
+from infra.formats import canonical
 from infra.models import load_tokenizer
-from infra.rows import (RowCounts, canonical, check_pair, check_prompt, families, read_rows,
+from infra.packing import pack
+from infra.rows import (RowCounts, check_judges, check_pair, check_prompt, families, read_rows,
                         stream_rows)
 
 ROW = {"prompt": "Tell me about tea.", "chosen": "Tea is a drink.", "rejected": "No.",
@@ -64,6 +67,10 @@ def encode(tokenizer, row, template=CHATML, max_length=1024):
     return encode_pair(canonical(row), "rows.jsonl:1", tokenizer, max_length, True, RowCounts())
 
 
+def answered(tokenizer, prompt, answer):
+    return data.answer_text(tokenizer, prompt, data.prompt_text(tokenizer, prompt), answer)
+
+
 # --------------------------------------------------------------------------------------------- rows
 
 
@@ -85,7 +92,7 @@ def encode(tokenizer, row, template=CHATML, max_length=1024):
 ])
 def test_aliases(theirs):
     row = canonical({"prompt": "q", "more": [1]} | theirs)
-    assert check_pair(row, "x:1", True) == ("q", "good", "bad", 5.0, 1.0)
+    assert check_pair(row, "x:1", True)[:4] == ("q", "good", "bad", [5.0, 1.0])
     assert row["more"] == [1] and theirs.items() <= (row | theirs).items()
 
 
@@ -93,7 +100,7 @@ def test_prompt_inside_both_answers():
     before = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
     row = canonical({"chosen": before + [{"role": "assistant", "content": "good"}],
                      "rejected": before + [{"role": "assistant", "content": "bad"}]})
-    assert check_pair(row, "x:1", False) == (before, "good", "bad", None, None)
+    assert check_pair(row, "x:1", False)[:4] == (before, "good", "bad", [None, None])
 
 
 def user(text):
@@ -191,8 +198,8 @@ def test_binarised_ultrafeedback(tokenizer, prompt, before, expected):
     row = {"prompt": prompt, "prompt_id": "a1b2", "chosen": before + [assistant("Yes.")],
            "rejected": before + [assistant("No.")], "messages": before + [assistant("Yes.")],
            "score_chosen": 8.5, "score_rejected": 7}
-    assert check_pair(canonical(row), "x:1", True) == (expected, "Yes.", "No.", 8.5, 7.0)
-    assert encode(tokenizer, row).gap == 1.5
+    assert check_pair(canonical(row), "x:1", True)[:4] == (expected, "Yes.", "No.", [8.5, 7.0])
+    assert encode(tokenizer, row).score_gap == 1.5
     if expected == "Tea?":
         assert encode(tokenizer, row, template=None).prompt == "Tea?"
 
@@ -300,7 +307,7 @@ def test_an_answer_that_the_template_rewrites_is_trained_as_it_is(tokenizer):
     assert "YES" in tokenizer.apply_chat_template(
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "yes"}], tokenize=False)
     for prompt in ("Say yes.", "Say no."):
-        assert data.answer_text(tokenizer, prompt, "yes") == "yes<|im_end|>"
+        assert answered(tokenizer, prompt, "yes") == "yes<|im_end|>"
 
 
 def test_template_kwargs_become_defaults_that_a_saved_tokenizer_keeps(tokenizer, tmp_path):
@@ -309,14 +316,14 @@ def test_template_kwargs_become_defaults_that_a_saved_tokenizer_keeps(tokenizer,
     asked = "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n"
     thinking = load_tokenizer(str(tmp_path))
     assert data.prompt_text(thinking, "Hi.") == asked
-    assert data.answer_text(thinking, "Hi.", "Yes.") == EMPTY_BLOCK + "Yes.<|im_end|>"
-    assert repr(EMPTY_BLOCK) in data.template_note(thinking, "Hi.")
+    assert answered(thinking, "Hi.", "Yes.") == EMPTY_BLOCK + "Yes.<|im_end|>"
+    assert repr(EMPTY_BLOCK) in data.template_note(thinking, "Hi.", asked)
 
     load_tokenizer(str(tmp_path), {"enable_thinking": False}).save_pretrained(tmp_path / "saved")
     without = load_tokenizer(str(tmp_path / "saved"))
     assert data.prompt_text(without, "Hi.") == asked + EMPTY_BLOCK
-    assert data.answer_text(without, "Hi.", "Yes.") == "Yes.<|im_end|>"
-    assert data.template_note(without, "Hi.") == ""
+    assert answered(without, "Hi.", "Yes.") == "Yes.<|im_end|>"
+    assert data.template_note(without, "Hi.", asked + EMPTY_BLOCK) == ""
     messages = [{"role": "user", "content": "Hi."}]  # whoever asks may still choose
     assert without.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
                                        enable_thinking=True) == asked
@@ -330,13 +337,13 @@ def test_template_kwargs_become_defaults_that_a_saved_tokenizer_keeps(tokenizer,
 @pytest.mark.parametrize("template", [CHATML, TRIMMING, CLOSING, NO_END, None])
 def test_templates_that_ask_as_they_render_have_no_note(tokenizer, template):
     tokenizer.chat_template = template
-    assert data.template_note(tokenizer, "Hi.") == ""
+    assert data.template_note(tokenizer, "Hi.", data.prompt_text(tokenizer, "Hi.")) == ""
 
 
 def test_template_that_opens_a_block_only_when_it_asks_is_named(tokenizer):
     tokenizer.chat_template = THINKING
     assert "writes '' before a finished answer, and '<think>\\n' when" in data.template_note(
-        tokenizer, "Hi.")
+        tokenizer, "Hi.", data.prompt_text(tokenizer, "Hi."))
 
 
 def test_prompt_bos_is_the_templates_and_never_doubled(tokenizer):
@@ -531,21 +538,21 @@ def test_rows_are_packed_whole_and_nearly_full():
     rng = random.Random(0)
     for count in (1, 2, 5, 16, 200):
         sizes = [rng.randint(100, 2000) for _ in range(count)]
-        rows = data.pack(sizes)
+        rows = pack(sizes)
         assert sorted(sum(rows, [])) == list(range(count))
         width = max(sum(sizes[i] for i in row) for row in rows)
         padded, apart = len(rows) * width, count * max(sizes)
         assert padded <= apart and width <= 6 * max(sizes)
         assert sum(sizes) >= 0.92 * padded or count < 10
         assert sum(sizes) < 0.7 * apart or count < 10  # control: one pair a row
-    assert data.pack([500] * 4) in ([[0], [1], [2], [3]], [[3], [2], [1], [0]])  # no gain, no row
+    assert pack([500] * 4) in ([[0], [1], [2], [3]], [[3], [2], [1], [0]])  # no gain, no row
 
 
 def test_wide_rows_cost_more_where_attention_does(monkeypatch):
     sizes = [900, 300, 300, 300, 200, 200, 100, 100]
-    wide = data.pack(sizes)
-    monkeypatch.setattr(data, "ATTENTION_WIDTH", 10)
-    narrow = data.pack(sizes)
+    wide = pack(sizes)
+    monkeypatch.setattr(packing, "ATTENTION_WIDTH", 10)
+    narrow = pack(sizes)
     assert max(sum(sizes[i] for i in row) for row in narrow) == 900
     assert len(narrow) >= len(wide)
 
@@ -646,8 +653,8 @@ def judged(lowest=None, highest=None, **row):
     (judged(-5, 0, score_chosen=-4, score_rejected=-4.5), 0.5),
     (judged(0, 100, score_chosen=20), 1), (judged(1.0, 10, score_chosen=0.9), 0.5)])
 def test_a_known_scale_counts_as_5_points_and_another_as_it_is(tokenizer, row, gap):
-    assert encode(tokenizer, row).gap == pytest.approx(gap, rel=1e-12)
-    assert encode(tokenizer, judged(0, 5, score_chosen=0.3)).gap == 0.3  # to the bit
+    assert encode(tokenizer, row).score_gap == pytest.approx(gap, rel=1e-12)
+    assert encode(tokenizer, judged(0, 5, score_chosen=0.3)).score_gap == 0.3  # to the bit
 
 
 @pytest.mark.parametrize("scale", [5, [0], [0, "5"], [5, 0], [1, 1], [0, True], [0, 10**400], {}])
@@ -666,10 +673,10 @@ def test_judges_are_mixed_only_if_all_scales_are_known(tokenizer, rows, ok):
     pairs = [encode_pair(canonical(row), f"f:{i}", tokenizer, 99, False, RowCounts())
              for i, row in enumerate(rows)]
     if ok:
-        data.check_judges(pairs)
+        check_judges(pairs)
     else:
         with pytest.raises(BadInput, match=r"f:[01]: scored by .* on an unknown scale"):
-            data.check_judges(pairs)
+            check_judges(pairs)
 
 
 def test_the_report_has_a_histogram_per_judge_and_says_if_they_do_not_mix(
@@ -688,7 +695,7 @@ def test_the_report_has_a_histogram_per_judge_and_says_if_they_do_not_mix(
 
 
 def test_a_batch_is_filled_to_the_token():
-    one = Pair("", "", [1] * 4, [1] * 3, [1] * 3, None, None)
+    one = Pair("", "", [1] * 4, [1] * 3, [1] * 3)
     size = batch_tokens(one, True)
     assert micro_batches([one] * 4, range(4), 2 * size, True) == [[0, 1], [2, 3]]
     assert micro_batches([one] * 4, range(4), 2 * size - 1, True) == [[0], [1], [2], [3]]
@@ -715,12 +722,13 @@ def test_no_second_beginning_of_text(tokenizer):
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.25, 0.5, 0.9, 1.0, 1])
-def test_a_row_with_tau_has_the_gap_that_gives_it(tokenizer, tau):
+def test_a_row_with_tau_keeps_it(tokenizer, tau):
     row = {key: value for key, value in ROW.items() if not key.startswith("score")} | {"tau": tau}
-    gap = encode(tokenizer, row).gap
-    assert 1 / (1 + math.exp(-gap)) == pytest.approx(tau, abs=2e-6)
-    scored = row | {"score_chosen": 4, "score_rejected": 1}
-    assert encode(tokenizer, scored).gap == 3  # scores come first
+    pair = encode(tokenizer, row)
+    assert pair.tau == tau and math.isnan(pair.score_gap)
+    assert (pair.lean > 0, pair.lean == 0) == (tau > 0.5, tau == 0.5)
+    scored = encode(tokenizer, row | {"score_chosen": 4, "score_rejected": 1})
+    assert scored.score_gap == scored.lean == 3 and math.isnan(scored.tau)  # scores come first
 
 
 @pytest.mark.parametrize("tau", [1.01, -0.1, math.nan, "0.5", True, [0.5]])

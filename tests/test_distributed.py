@@ -32,7 +32,7 @@ def start(tmp_path, rows_path):
 
     def start(ranks, out, *flags):
         command = ["train.py", "--data", rows_path, "--out_dir", str(tmp_path / out),
-                   "--cache_dir", str(tmp_path / f"cache-{out}"), *FLAGS, *flags]
+                   "--ref_cache_dir", str(tmp_path / f"cache-{out}"), *FLAGS, *flags]
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         running.append(subprocess.Popen(
             [sys.executable, *(torchrun if ranks > 1 else []), *command], cwd=ROOT,

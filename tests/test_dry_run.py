@@ -42,7 +42,7 @@ def dry_run(guard, tmp_path, toy_rows, write_rows):
         train = ["train.py", "--data", data, "--model", TOY_STUDENT, "--learning_rate", 3e-4,
                  "--batch_size", 4, "--tokens_per_batch", 150, "--max_steps", 3, "--eval_every", 3,
                  "--max_new_tokens", 3, "--out_dir", tmp_path / "out",
-                 "--cache_dir", tmp_path / "cache", *flags]
+                 "--ref_cache_dir", tmp_path / "cache", *flags]
         commands = [list(map(str, command)) for command in (train, *others)]
         report = tmp_path / "report.json"
         done = subprocess.run(

@@ -12,9 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import rdpo
-from data import PROMPT, REJECTED, Pair, collate, load_pairs
+from data import Pair, collate, load_pairs
 from infra.models import TOY_STUDENT, load_model
 from rdpo import TokenLogps, plain_sequence_logps, sequence_logps
+
+PROMPT, REJECTED = 0, 2  # segment % 3, see data.Batch
 
 
 def gradients(model, logps):
@@ -103,7 +105,7 @@ def test_a_window_counts_positions_of_the_conversation(monkeypatch):
 def test_attention_on_a_gpu_needs_no_copy_of_the_mask_and_no_cudnn(width, tmp_path):
     """CUDA's fused attention copies no mask whose strides, but the last, are multiples of 8."""
     model = tiny_model("mistral_window")
-    pairs = [Pair("", "", [1] * (width - 5), [2] * 3, [3] * 2, None, None)] * 2
+    pairs = [Pair("", "", [1] * (width - 5), [2] * 3, [3] * 2)] * 2
     mask = rdpo.attention_mask(model, collate(pairs, share_prefix=True, rows=[[0], [1]]))
     assert mask.shape == (2, 1, width, width) and mask.stride()[-1] == 1
     assert all(stride % 8 == 0 for stride in mask.stride()[:-1])

@@ -46,5 +46,5 @@ def test_minimal_has_the_losses_of_train_and_with_tau_1_it_has_not(
     assert "before: " in minimal[3] and "after:  " in minimal[3]
     eval_path = write_rows(toy_rows[200:210], "eval.jsonl")
     assert trained_alike(minimal, run_train, tmp_path / "same", eval_path)
-    monkeypatch.setattr(train, "preference_probability", lambda gaps, *_: torch.ones_like(gaps))
+    monkeypatch.setattr(train, "judged_tau", lambda gaps, *_: torch.ones_like(gaps))
     assert not trained_alike(minimal, run_train, tmp_path / "other", eval_path)

@@ -42,7 +42,7 @@ def test_four_commands_offline(toy_server, tmp_path):
     text = run_command("reward.py", *common, "--data", synthetic, "--out", scored)
     assert "80 of 80 answers have a score" in text
     run_command("train.py", "--data", scored, "--max_steps", 3, "--batch_size", 8,
-                "--max_new_tokens", 2, "--out_dir", out, "--cache_dir", tmp_path / "cache")
+                "--max_new_tokens", 2, "--out_dir", out, "--ref_cache_dir", tmp_path / "cache")
     steps, _ = read_metrics(out)
     assert len(steps) == 3 and (out / "model.safetensors").exists()
     keys = ["id", "behaviour", "prompt", "question", "rejected", "critique", "chosen", "teacher",

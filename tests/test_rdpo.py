@@ -1,15 +1,18 @@
 """The algorithm against slow, independent computations, each with a control that must fail."""
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ARCHITECTURES, random_pairs, tiny_model
 
-from data import PADDING, PROMPT, collate
-from rdpo import (ReferenceCache, plain_sequence_logps, preference_probability, rdpo_loss,
-                  reference_fingerprint, sequence_key, sequence_logps)
+from data import PADDING, collate
+from infra.command import BadInput
+from infra.reference import ReferenceCache, fingerprint, keys_of
+from rdpo import (LOSSES, judged_tau, plain_sequence_logps, preference_probability, rdpo_loss,
+                  score_gap, sequence_logps)
 
 
 def four_logps(count=64, seed=0, requires_grad=False):
@@ -70,7 +73,7 @@ def test_gradient_by_the_margin_is_p_minus_tau():
 
 
 def test_ties_inversions_and_hard_relabelling():
-    tau = preference_probability(torch.tensor([3.0, 2.0, 5.0]), torch.tensor([3.0, 4.0, 1.0]))
+    tau = preference_probability(torch.tensor([0.0, -2.0, 4.0]))
     assert tau[0] == 0.5 and tau[1] < 0.5 < tau[2]
     assert tau[2].item() == pytest.approx(1 / (1 + math.exp(-4)))
     # A tie pulls a margin back to 0 from either side. An inversion swaps the two answers.
@@ -81,16 +84,41 @@ def test_ties_inversions_and_hard_relabelling():
     pc, pr, rc, rr = four_logps()
     swapped = rdpo_loss(pr, pc, rr, rc, 1 - all_tau(), 0.1)[0]
     assert torch.allclose(rdpo_loss(pc, pr, rc, rr, all_tau(), 0.1)[0], swapped)
-    hard = preference_probability(torch.tensor([3.1, 2.9]), torch.tensor([3.0, 3.0]), 1e-6)
+    hard = preference_probability(torch.tensor([0.1, -0.1]), 1e-6)
     assert hard.tolist() == [1.0, 0.0]
     with pytest.raises(ValueError):
-        preference_probability(torch.ones(1), torch.ones(1), 0.0)
+        preference_probability(torch.ones(1), 0.0)
+
+
+def test_a_known_scale_is_widened_and_a_rows_own_tau_stays():
+    assert score_gap(1, 0, scale=1) == score_gap(5, 0, scale=5) == score_gap(5, 0) == 5
+    assert score_gap(-2.5, 2.5, scale=10) == -2.5
+    gaps, own = torch.tensor([4.0, math.nan, math.nan]), torch.tensor([math.nan, 0.9, 1.0])
+    assert judged_tau(gaps, own).tolist() == pytest.approx([1 / (1 + math.exp(-4)), 0.9, 1.0])
+    # T divides the log-odds of both kinds: tau^(1/T) against (1 - tau)^(1/T).
+    odds = (0.9 / 0.1) ** 0.5
+    assert judged_tau(gaps, own, 2.0).tolist() == pytest.approx(
+        [1 / (1 + math.exp(-2)), odds / (1 + odds), 1.0])
+    assert judged_tau(gaps, own, 1e-6).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_new_form_of_the_loss_is_a_function_of_margins_and_tau():
+    """IPO with soft labels, as in toy/EXERCISES.md: its minimum is at m = tau - 1/2."""
+    def ipo(margins, tau):
+        return (margins - (tau - 0.5)) ** 2
+
+    new = LOSSES["rdpo"]._replace(form=ipo)
+    pc, pr, rc, rr = four_logps(requires_grad=True)
+    losses, chosen, rejected = rdpo_loss(pc, pr, rc, rr, all_tau(), 0.1, new.form)
+    losses.sum().backward()
+    margins = (chosen - rejected).detach()
+    assert torch.allclose(pc.grad, 0.2 * (margins - all_tau() + 0.5))
 
 
 def test_equals_reward_aware_preference_loss_up_to_a_constant():
     """KL(Bernoulli(sigmoid(gap / T)) || Bernoulli(sigmoid(margin))) differs by tau's entropy."""
     gaps, temperature = torch.linspace(-4, 4, 64, dtype=torch.float64), 2.0
-    tau = preference_probability(gaps, torch.zeros_like(gaps), temperature)
+    tau = preference_probability(gaps, temperature)
     differences = []
     for seed in (0, 1):
         pc, pr, rc, rr = four_logps(seed=seed)
@@ -149,7 +177,7 @@ def test_batch_mates_and_padding_change_nothing():
         # The padding's ids do not matter (a pad id may equal the eos id).
         batch.input_ids[batch.segments == PADDING] = 5
         assert torch.equal(sequence_logps(model, batch), together)
-        batch.input_ids[batch.segments == PROMPT] = 5  # control: other ids are seen
+        batch.input_ids[batch.segments == 0] = 5  # control: other ids are seen
         assert not torch.allclose(sequence_logps(model, batch), together, atol=1e-2)
 
 
@@ -157,8 +185,8 @@ def test_prompt_tokens_do_not_count_and_the_last_token_does():
     model, pair = tiny_model(), random_pairs(1)[0]
     logps = sequence_logps(model, collate([pair]))[0]
     ids = torch.tensor([pair.prompt_ids + pair.chosen_ids])
-    logits = model(input_ids=ids).logits[0, :-1]  # (T-1, V)
-    token_logps = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]  # (T-1,)
+    logits = model(input_ids=ids).logits[0, :-1]  # (L-1, V)
+    token_logps = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]  # (L-1,)
     start = len(pair.prompt_ids) - 1
     assert logps.item() == pytest.approx(token_logps[start:].sum().item(), abs=1e-4)
     for wrong in (token_logps[start:-1], token_logps):  # no end-of-turn token; with the prompt
@@ -168,40 +196,59 @@ def test_prompt_tokens_do_not_count_and_the_last_token_does():
 # ---------------------------------------------------------------------------------- reference cache
 
 
+def cache_of(folder, model):
+    return ReferenceCache(SimpleNamespace(ref_cache_dir=str(folder), dtype="float32", fsdp=False,
+                                          compile=False), model)
+
+
+def keys(prompt_ids, *answers):
+    return keys_of(SimpleNamespace(prompt_ids=prompt_ids, answers=answers))
+
+
 def test_cache_keeps_what_it_was_given(tmp_path):
-    model = tiny_model()
-    cache = ReferenceCache(tmp_path, model, "float32")
-    keys = [sequence_key([1, 2], [3, i]) for i in range(5)]
-    cache.logps |= {key: -float(i) for i, key in enumerate(keys)}
-    cache.save()
-    other = ReferenceCache(tmp_path, copy.deepcopy(model), "float32")
-    assert other.logps == cache.logps
+    model, pairs = tiny_model(), random_pairs(3)
+    cache = cache_of(tmp_path, model)
+    assert cache.missing(pairs) == [0, 1, 2]
+    with pytest.raises(KeyboardInterrupt), cache.filling():
+        cache.add(pairs[:2], torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]))
+        raise KeyboardInterrupt
+    other = cache_of(tmp_path, copy.deepcopy(model))
+    assert other.logps == cache.logps and other.missing(pairs) == [2]
+    assert other.lookup(pairs[:2]).tolist() == [[-1.0, -3.0], [-2.0, -4.0]]
     # Two runs that write one file keep each other's entries.
-    other.logps[sequence_key([9], [9])] = -9.0
+    other.logps |= dict.fromkeys(keys([9], [9]), -9.0)
     other.save()
-    cache.logps[sequence_key([8], [8])] = -8.0
+    cache.logps |= dict.fromkeys(keys([8], [8]), -8.0)
     cache.save()
-    assert len(ReferenceCache(tmp_path, model, "float32").logps) == 7
+    assert len(cache_of(tmp_path, model).logps) == 6
+
+
+def test_cache_takes_no_number_that_is_not_finite(tmp_path):
+    cache, (pair,) = cache_of(tmp_path, tiny_model()), random_pairs(1)
+    with pytest.raises(BadInput, match="random:0: the reference's log-probability is not finite"), \
+            cache.filling():
+        cache.add([pair], torch.tensor([[-1.0, math.nan]]))
+    assert not list(tmp_path.iterdir())
 
 
 def test_cache_key_changes_with_each_of_its_parts():
     answers = [([1, 2], [3]), ([1, 2], [4]), ([1], [2, 3]), ([0, 2], [3])]
-    assert len({sequence_key(*answer) for answer in answers}) == 4
-    assert sequence_key([1, 2], [3]) == sequence_key([1, 2], [3])
+    assert len({keys(*answer)[0] for answer in answers}) == 4
+    assert keys([1, 2], [3]) == keys([1, 2], [3])
     model = tiny_model()
-    names = [reference_fingerprint(model, "float32"), reference_fingerprint(model, "bfloat16")]
+    names = [fingerprint(model, "float32"), fingerprint(model, "bfloat16")]
     changed = copy.deepcopy(model)
     with torch.no_grad():
         changed.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-6
-    names.append(reference_fingerprint(changed, "float32"))
+    names.append(fingerprint(changed, "float32"))
     changed = copy.deepcopy(model)
     changed.config.rms_norm_eps = 1e-3
-    names.append(reference_fingerprint(changed, "float32"))
+    names.append(fingerprint(changed, "float32"))
     changed = copy.deepcopy(model)
     changed.set_attn_implementation("eager")
-    names.append(reference_fingerprint(changed, "float32"))
+    names.append(fingerprint(changed, "float32"))
     assert len(set(names)) == 5
     # The same weights in another folder are the same reference.
     renamed = copy.deepcopy(model)
     renamed.config._name_or_path = "elsewhere"
-    assert reference_fingerprint(renamed, "float32") == names[0]
+    assert fingerprint(renamed, "float32") == names[0]

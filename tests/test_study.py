@@ -138,8 +138,7 @@ def test_rdpo_withstands_a_misleading_teacher_and_a_wrong_sign_does_not(folder, 
         return better["score"] > 0.3 and better["ranked"] > 0.05
 
     assert right(results), results
-    monkeypatch.setattr(train, "preference_probability",
-                        lambda *scores: 1 - rdpo.preference_probability(*scores))
+    monkeypatch.setattr(train, "judged_tau", lambda *judged: 1 - rdpo.judged_tau(*judged))
     wrong = study.train_and_measure(jobs["rDPO"], str(folder))
     assert not right(results | {"rDPO": wrong}), wrong
 

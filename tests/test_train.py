@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import (ARCHITECTURES, GROUPED, ROOT, assert_one_line, build, random_pairs,
                       read_lines, read_metrics, tiny_model)
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
@@ -27,6 +27,7 @@ from data import (collate, count_chosen, epoch_order, load_pairs, longest_row, m
 from infra import models
 from infra.command import BadInput
 from infra.models import TOY_STUDENT
+from infra.reference import ReferenceCache, keys_of
 from infra.runlog import compile_note
 from infra.selfcheck import check_equal
 
@@ -40,8 +41,9 @@ def args_for(**changes):
 
 def dataset_of(model, pairs, args, tmp_path, share_prefix=False):
     """(Dataset, number of pairs computed) with the model as the reference."""
-    cache = rdpo.ReferenceCache(tmp_path, model, "float32")
-    return train.make_dataset(model, pairs, share_prefix, cache, args)
+    args.ref_cache_dir = str(tmp_path)
+    cache = ReferenceCache(args, model)
+    return train.make_dataset(model, pairs, share_prefix, cache, args), cache.computed
 
 
 def weights_of(folder):
@@ -57,7 +59,8 @@ def same_weights(one, other):
 
 @pytest.mark.parametrize("share_prefix", [False, True])
 @pytest.mark.parametrize("loss", ["rdpo", "dpo", "sft"])
-def test_any_micro_batch_split_gives_the_same_gradient(loss, share_prefix, tmp_path):
+def test_any_micro_batch_split_gives_the_same_gradient(
+        loss, share_prefix, tmp_path, monkeypatch):
     model, pairs, args = tiny_model(), random_pairs(12), args_for(loss=loss, sft_weight=0.3)
     other = tiny_model(seed=1)  # as the reference, so that margins are not 0
     data, _ = dataset_of(other, pairs, args, tmp_path, share_prefix)
@@ -66,15 +69,20 @@ def test_any_micro_batch_split_gives_the_same_gradient(loss, share_prefix, tmp_p
     def gradient(batches, pair_count=12, token_count=tokens):
         model.zero_grad()
         for batch in batches:
-            train.forward(model, data, batch, args, pair_count, token_count)[0].backward()
+            train.forward(model, data.part(batch), args, pair_count, token_count)[0].backward()
         return torch.cat([weight.grad.flatten() for weight in model.parameters()])
 
     whole = gradient([list(range(12))])
     for bound in (1, 60, 100, 150, 300):
         split = micro_batches(pairs, range(12), bound, share_prefix)
         assert torch.allclose(gradient(split), whole, atol=1e-6)
-    # An empty micro-batch, which FSDP needs, adds nothing.
-    assert torch.allclose(gradient([list(range(12)), []]), whole, atol=1e-6)
+    # A pair that is computed once more, for a rank without one, does not count.
+    model.zero_grad()
+    monkeypatch.setattr(train, "micro_batches", lambda *_: [list(range(12)), []])
+    loss, pairs_found, values = train.forward_all(model, data, args, lambda loss: loss.backward())
+    again = torch.cat([weight.grad.flatten() for weight in model.parameters()])
+    assert torch.allclose(again, whole, atol=1e-6)
+    assert pairs_found == pairs and all(len(value) == 12 for value in values.values())
     # Control: each micro-batch averaged over itself, the mistake of other trainers.
     wrong = sum(gradient([batch], len(batch), count_chosen([pairs[i] for i in batch]))
                 for batch in (list(range(10)), [10, 11])) / 2
@@ -91,8 +99,8 @@ def plain_metrics(model, reference, pairs, args):
     for pair in pairs:
         policy, ref = (rdpo.plain_sequence_logps(m, [pair]).tolist() for m in (model, reference))
         chosen, rejected = (args.beta * (policy[i] - ref[i]) for i in (0, 1))
-        margin, gap = chosen - rejected, pair.score_chosen - pair.score_rejected
-        tau = {"rdpo": sigmoid(gap / args.temperature), "dpo": 1 - args.label_smoothing}.get(
+        margin, gap = chosen - rejected, pair.score_gap
+        tau = {"rdpo": sigmoid(gap / args.tau_temperature), "dpo": 1 - args.label_smoothing}.get(
             args.loss, 1.0)
         loss = tau * math.log1p(math.exp(-margin)) + (1 - tau) * math.log1p(math.exp(margin))
         rows.append({"preference": loss, "logps/chosen": policy[0], "logps/rejected": policy[1],
@@ -110,18 +118,19 @@ def plain_metrics(model, reference, pairs, args):
 
 
 @pytest.mark.parametrize("flags", [
-    dict(loss="rdpo", temperature=2.0), dict(loss="dpo"), dict(loss="dpo", label_smoothing=0.1),
+    dict(loss="rdpo", tau_temperature=2.0), dict(loss="dpo"), dict(loss="dpo", label_smoothing=0.1),
     dict(loss="rdpo", sft_weight=0.5), dict(loss="sft"), dict(loss="dsc")], ids=str)
 def test_losses_and_metrics_are_what_they_say(tmp_path, flags):
     model, reference, pairs = tiny_model(), tiny_model(seed=1), random_pairs(8)
     args = args_for(**flags, tokens_per_batch=150)
     data, _ = dataset_of(reference, pairs, args, tmp_path)
-    found, log_ratios = train.evaluate(model, data, args)
+    found, found_pairs, values = train.evaluate(model, data, args)
     expected = plain_metrics(model, reference, pairs, args)
     assert found == pytest.approx({f"eval/{k}": v for k, v in expected.items()}, abs=1e-4)
-    for pair in pairs:
+    rewards = zip(values["rewards/chosen"].tolist(), values["rewards/rejected"].tolist())
+    for pair, both in zip(found_pairs, rewards, strict=True):
         policy, ref = (rdpo.plain_sequence_logps(m, [pair]) for m in (model, reference))
-        assert log_ratios[pair.where] == pytest.approx((policy - ref).tolist(), abs=1e-4)
+        assert both == pytest.approx((args.beta * (policy - ref)).tolist(), abs=1e-4)
     wrong = plain_metrics(model, reference, pairs, args_for(**flags | {"beta": 0.2}))
     assert found["eval/rewards/margins"] != pytest.approx(wrong["rewards/margins"], abs=1e-3)
 
@@ -135,7 +144,8 @@ def test_second_run_computes_no_reference_and_a_changed_weight_computes_all(tmp_
         model.lm_head.weight[0, 0] += 1
     _, computed_changed = dataset_of(model, pairs, args, tmp_path)
     assert (computed, computed_again, computed_more, computed_changed) == (10, 0, 3, 10)
-    assert torch.equal(data.columns[:2], again.columns[:2])
+    assert torch.equal(data.ref_chosen_logps, again.ref_chosen_logps)
+    assert torch.equal(data.ref_rejected_logps, again.ref_rejected_logps)
 
 
 def test_cache_of_one_layout_is_valid_for_the_other(
@@ -173,7 +183,7 @@ def test_reference_pass_that_is_stopped_keeps_what_it_computed(tmp_path, monkeyp
 # ------------------------------------------------------------------------------------ whole runs
 
 
-@pytest.mark.parametrize("flags", [["--loss", "rdpo", "--beta", 0.5, "--temperature", 3],
+@pytest.mark.parametrize("flags", [["--loss", "rdpo", "--beta", 0.5, "--tau_temperature", 3],
                                    ["--loss", "dpo", "--beta", 2],
                                    ["--loss", "dpo", "--label_smoothing", 0.2]])
 def test_loss_starts_at_ln_2(run_train, tmp_path, toy_rows, write_rows, flags):
@@ -186,7 +196,7 @@ def test_loss_starts_at_ln_2(run_train, tmp_path, toy_rows, write_rows, flags):
     assert evaluations[0]["eval/rewards/accuracies"] == 0.5
 
 
-OVERFIT = ["--epochs", 30, "--learning_rate", 1e-3, "--temperature", 0.5, "--eval_every", 1000]
+OVERFIT = ["--epochs", 30, "--learning_rate", 1e-3, "--tau_temperature", 0.5, "--eval_every", 1000]
 
 
 def test_overfits_8_pairs(run_train, tmp_path, toy_rows, write_rows):
@@ -319,7 +329,7 @@ def test_steps_follow_the_files_rows_once_an_epoch(run_train, tmp_path, toy_rows
 
 
 def test_the_learning_rate_rises_and_falls():
-    args = args_for(learning_rate=1e-3, warmup=0.1)
+    args = args_for(learning_rate=1e-3, warmup_ratio=0.1)
     rates = [train.learning_rate(step, 20, args) for step in range(20)]
     assert rates[0] < rates[1] < rates[2] == max(rates) == 1e-3
     assert rates[2:] == sorted(rates[2:], reverse=True) and 0 < rates[-1] < 1e-5
@@ -331,86 +341,27 @@ def test_step_0_gate_stops_a_stale_cache(run_train, tmp_path, toy_rows, write_ro
     cache = next((tmp_path / "cache").iterdir())
     content = load_file(cache)
     content["logps"] += 0.5
-    rdpo.save_file(content, cache)
+    save_file(content, cache)
     code, _, err = run_train("--data", path, "--max_steps", 1, "--overwrite")
     assert code == 2 and "step 0" in err and str(cache) in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("stale, checks", [
-    ("one validation pair", 0), ("all validation pairs", 16), ("the first batch", 0),
-    ("training pairs after the first batch", 16)])
-def test_cached_pairs_beyond_the_first_batch_are_checked(
-        run_train, tmp_path, toy_rows, write_rows, toy_tokenizer, monkeypatch, stale, checks):
+@pytest.mark.parametrize("stale", ["one validation pair", "the first batch"])
+def test_a_stale_pair_of_what_step_0_computes_is_found(
+        run_train, tmp_path, toy_rows, write_rows, toy_tokenizer, stale):
     flags = ["--data", write_rows(toy_rows[:100]), "--max_steps", 1, "--batch_size", 8]
     assert run_train(*flags)[0] == 0
     train_pairs, val_pairs = train.load_train_val(args_for(data=[flags[1]]), toy_tokenizer)
-    order = [train_pairs[i] for i in epoch_order(len(train_pairs), 0, 0)]
-    pairs = {"one validation pair": val_pairs[-1:], "all validation pairs": val_pairs,
-             "the first batch": order[:8]}.get(stale, order[8:])
-    keys = {rdpo.sequence_key(pair.prompt_ids, pair.chosen_ids) for pair in pairs}
+    first_batch = [train_pairs[i] for i in epoch_order(len(train_pairs), 0, 0)[:8]]
+    pairs = val_pairs[-1:] if stale == "one validation pair" else first_batch
+    keys = {keys_of(pair)[0] for pair in pairs}
     (cache,) = (tmp_path / "cache").iterdir()
     content = load_file(cache)
     content["logps"] += 20 * torch.tensor([key.numpy().tobytes() in keys
                                            for key in content["keys"]])
-    rdpo.save_file(content, cache)
-    monkeypatch.setattr(train, "SPOT_CHECKS", checks)
+    save_file(content, cache)
     code, _, err = run_train(*flags, "--overwrite")
     assert code == 2 and "differ by up to 20" in err and f"delete {cache}" in err
-    # A resumed run has another policy, but before it loads its state it is the reference still.
-    if checks:
-        assert run_train(*flags, "--resume")[0] == 2
-
-
-def test_a_second_round_measures_from_the_first_reference(
-        run_train, tmp_path, toy_rows, write_rows, toy_tokenizer):
-    """--reference: round 2 begins where round 1 ended, in every metric, and goes on."""
-    flags = ["--data", write_rows(toy_rows[:100]), "--max_steps", 4, "--save_dtype", "float32"]
-    first, second, plain = (tmp_path / name for name in ("first", "second", "plain"))
-    assert run_train(*flags, "--out_dir", first)[0] == 0
-    more = ["--model", first, "--learning_rate", 3e-4]
-    code, out, err = run_train(*flags, *more, "--reference", TOY_STUDENT, "--out_dir", second)
-    assert code == 0 and f"reference: {TOY_STUDENT}" in out, err
-    end, begin = read_metrics(first)[1][-1], read_metrics(second)[1][0]
-    names = [name for name in end if name.startswith("eval/")]
-    assert [begin[name] for name in names] == pytest.approx([end[name] for name in names], abs=2e-4)
-    assert read_metrics(second)[1][-1]["eval/loss"] < begin["eval/loss"] - 0.01
-    assert run_train(*flags, *more, "--out_dir", plain)[0] == 0  # control: its own reference
-    assert read_metrics(plain)[1][0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-4)
-    # A stopped second round goes on to the same weights.
-    again = [*flags, *more, "--reference", TOY_STUDENT, "--out_dir", tmp_path / "again"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.checkpoint.StopSignal, "__init__",
-                      lambda stop: setattr(stop, "number", signal.SIGINT))
-        assert run_train(*again)[0] == 130
-    assert run_train(*again, "--resume")[0] == 0
-    assert same_weights(weights_of(second), weights_of(tmp_path / "again"))
-
-
-@pytest.mark.parametrize("stale, checks", [("all", 0), ("all", 16), ("one", 16)])
-def test_the_cache_of_another_reference_is_checked_too(
-        run_train, tmp_path, toy_rows, write_rows, monkeypatch, stale, checks):
-    tiny = tmp_path / "tiny"
-    model = build("Llama", **GROUPED)(len(AutoTokenizer.from_pretrained(TOY_STUDENT)))
-    model.save_pretrained(tiny)
-    AutoTokenizer.from_pretrained(TOY_STUDENT).save_pretrained(tiny)
-    flags = ["--data", write_rows(toy_rows[:20]), "--max_steps", 1, "--model", tiny, "--reference",
-             TOY_STUDENT]
-    assert run_train(*flags)[0] == 0
-    (cache,) = (tmp_path / "cache").iterdir()
-    content = load_file(cache)
-    content["logps"][:None if stale == "all" else 1] += 20
-    rdpo.save_file(content, cache)
-    monkeypatch.setattr(train, "SPOT_CHECKS", checks if stale == "all" else 20)
-    code, _, err = run_train(*flags, "--overwrite")
-    assert code == 2 and "differ by up to 20" in err and f"delete {cache}" in err
-
-
-def test_a_reference_with_another_vocabulary_is_refused(run_train, tmp_path, toy_rows, write_rows):
-    tokenizer = AutoTokenizer.from_pretrained(TOY_STUDENT)
-    tokenizer.add_tokens(["<one more>"])
-    tokenizer.save_pretrained(tmp_path / "other")
-    assert_one_line(run_train("--data", write_rows(toy_rows[:20]), "--reference",
-                              tmp_path / "other"), "--reference", "its vocabulary is not that of")
 
 
 def test_a_loss_scale_that_is_too_high_skips_steps_and_says_so(
@@ -448,7 +399,7 @@ def test_dsc_trains_on_accepted_revisions_only(toy_rows, write_rows, toy_tokeniz
     accepted = sum(row["score_chosen"] > row["score_rejected"] for row in toy_rows[:100])
     assert f"dsc: {accepted} of 100" in capsys.readouterr().out
     assert len(train_pairs) == accepted < 100 == len(val_pairs)
-    assert all(pair.score_chosen > pair.score_rejected for pair in train_pairs)
+    assert all(pair.score_gap > 0 for pair in train_pairs)
 
 
 # -------------------------------------------------------------- layout, memory and compilation
@@ -620,7 +571,7 @@ def test_warns_when_all_scores_tie_and_when_many_rows_are_dropped(
 
 
 def command(data_path, out_dir, tmp_path, *more):
-    flags = ["--data", data_path, "--out_dir", out_dir, "--cache_dir", tmp_path / "cache",
+    flags = ["--data", data_path, "--out_dir", out_dir, "--ref_cache_dir", tmp_path / "cache",
              "--epochs", 3, "--batch_size", 8, "--save_every", 4, "--eval_every", 7,
              "--max_new_tokens", 2, *more]
     return [sys.executable, "train.py", *map(str, flags)]
@@ -733,7 +684,7 @@ def test_a_signal_within_the_loop_saves_and_a_second_one_ends(
     assert code == 130 and "stopped after step 3, saved" in out and err == ""
     assert os.listdir(tmp_path / "out" / "state") == ["step-00000003"]
     assert handlers == [signal.SIG_DFL]
-    monkeypatch.setattr(train.dist, "world_size", lambda: 2)
+    monkeypatch.setattr(train.ranks, "world_size", lambda: 2)
     stop = train.checkpoint.StopSignal()
     signal.raise_signal(signal.SIGTERM)
     assert stop.number == signal.SIGTERM

@@ -13,17 +13,17 @@ from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-TAU = "return torch.sigmoid((score_chosen - score_rejected) / temperature)"
-SIGN = "return ((score_chosen - score_rejected).sign() + 1) / 2"
-LOSSES = "losses = -tau * F.logsigmoid(margins) - (1 - tau) * F.logsigmoid(-margins)"
-IPO = "losses = (margins / beta - (2 * tau - 1) / (2 * beta)) ** 2"
+TAU = "return torch.sigmoid(score_gaps / temperature)"
+SIGN = "return (score_gaps.sign() + 1) / 2"
+FORM = "return -tau * F.logsigmoid(margins) - (1 - tau) * F.logsigmoid(-margins)"
+IPO = "return (margins - (tau - 0.5)) ** 2"
 SLOW = "logps[len(prompt_ids) - 1:].sum()"  # in plain_sequence_logps
 FAST = "answer.sum() for answer in logps.split"  # in sequence_logps
 EXERCISES = [  # name, [(text in rdpo.py, its replacement)], flags
     ("as it is", [], []),
     ("tau from the sign of the gap", [(TAU, SIGN)], []),
     ("never quite sure: 0.1 to 0.9", [(TAU, TAU + ".clamp(0.1, 0.9)")], []),
-    ("IPO", [(LOSSES, IPO)], []),
+    ("IPO", [(FORM, IPO)], []),
     ("mean log-probability per token", [(text, text.replace(".sum()", ".mean()"))
                                         for text in (SLOW, FAST)], ["--beta", "2"]),
 ]
@@ -44,7 +44,7 @@ def train_changed(changes, flags):
         with open(path, "w", encoding="utf-8") as file:
             file.write(text)
         # A cache of its own: a change may alter what a cached log-probability means.
-        command = [sys.executable, "train.py", "--data", "toy/scored.jsonl", "--cache_dir", "cache"]
+        command = [sys.executable, "train.py", "--data", "toy/scored.jsonl", "--ref_cache_dir", "cache"]
         return subprocess.run(command + flags, cwd=copy, check=True, stdout=subprocess.PIPE,
                               text=True).stdout
 

@@ -13,7 +13,7 @@ sys.path.insert(0, ROOT)
 
 from data import load_pairs  # noqa: E402
 from eval import pair_logps  # noqa: E402
-from infra.command import Parser, at_least, refuse, run  # noqa: E402
+from infra.command import BadInput, Parser, at_least, run  # noqa: E402
 from infra.models import TOY_STUDENT, load_model, load_tokenizer  # noqa: E402
 from infra.report import printable_tokens  # noqa: E402
 from infra.rows import read_rows  # noqa: E402
@@ -34,7 +34,8 @@ def main():
     args = parser.parse_args()
     tokenizer = load_tokenizer(TOY_STUDENT)
     pairs, _ = load_pairs(args.data, tokenizer, 1024, needs_scores=True)
-    refuse("", (args.row > len(pairs), f"--row {args.row}: {args.data} has {len(pairs)} rows"))
+    if args.row > len(pairs):
+        raise BadInput(f"--row {args.row}: {args.data} has {len(pairs)} rows")
     pair = pairs[args.row - 1]
     row = dict(read_rows(args.data))[pair.where]
 
@@ -42,10 +43,10 @@ def main():
     show("2 rejected", row["rejected"])
     show("3 critique", row["critique"])
     show("4 chosen", row["chosen"])
-    s_r, s_o = pair.score_chosen, pair.score_rejected
-    tau = preference_probability(torch.tensor([pair.gap]), 0.0, TEMPERATURE)
-    show("5 scores", f"rejected {s_o:g}, chosen {s_r:g}: a gap of {pair.gap:g} of 5 points, "
-         f"so tau = sigmoid({pair.gap:g} / {TEMPERATURE:g}) = {tau.item():.3f}")
+    tau = preference_probability(torch.tensor([pair.score_gap]), TEMPERATURE)  # (1,)
+    show("5 scores", f"rejected {row['score_rejected']:g}, chosen {row['score_chosen']:g}: a gap of "
+         f"{pair.score_gap:g} of 5 points, so tau = sigmoid({pair.score_gap:g} / "
+         f"{TEMPERATURE:g}) = {tau.item():.3f}")
     tokens = "|".join(printable_tokens(tokenizer, pair.chosen_ids))
     show("6 tokens", f"{len(pair.prompt_ids)} of the prompt; {len(pair.rejected_ids)} of rejected; "
          f"{len(pair.chosen_ids)} of chosen: {tokens}")

@@ -43,7 +43,7 @@ def call(command, *flags):
 
 def train_on(data, out, seed, *flags):
     call(train, "--data", data, "--out_dir", out, "--seed", seed, "--learning_rate", RATE,
-         "--max_new_tokens", 1, "--skip_saved_check", "--cache_dir", f"{out}.cache", *flags)
+         "--max_new_tokens", 1, "--skip_saved_check", "--ref_cache_dir", f"{out}.cache", *flags)
     return out
 
 

@@ -64,9 +64,9 @@ METHODS = {  # flags of train.py, or a function: (rows, seed) -> flags, rows
     "dSC": ("--loss", "dsc"),
     "DPO": ("--loss", "dpo"),
     "cDPO": ("--loss", "dpo", "--label_smoothing", "0.2"),
-    "rDPO": ("--loss", "rdpo", "--temperature", "1"),
-    "rDPO, T 0.3": ("--loss", "rdpo", "--temperature", "0.3"),
-    "rDPO, T 3": ("--loss", "rdpo", "--temperature", "3"),
+    "rDPO": ("--loss", "rdpo", "--tau_temperature", "1"),
+    "rDPO, T 0.3": ("--loss", "rdpo", "--tau_temperature", "0.3"),
+    "rDPO, T 3": ("--loss", "rdpo", "--tau_temperature", "3"),
 }
 COMPARED = list(METHODS)[:5]  # the others vary the temperature, at rDPO's learning rate
 LEARNING_RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
@@ -237,7 +237,7 @@ def train_and_measure(job, out_dir):
             "--model", TOY_STUDENT, *flags, "--seed", str(job.seed),
             "--learning_rate", str(job.learning_rate), "--eval_every", "1000",
             "--max_new_tokens", "1", "--out_dir", f"{folder}/out",
-            "--cache_dir", os.path.join(out_dir, "cache")])
+            "--ref_cache_dir", os.path.join(out_dir, "cache")])
         model, tokenizer = load_model(f"{folder}/out"), load_tokenizer(TOY_STUDENT)
         results = measure(model, tokenizer, rows, job.seed, reference=load_model(TOY_STUDENT))
     with open(f"{folder}/out/metrics.jsonl", encoding="utf-8") as file:

@@ -33,7 +33,7 @@ from infra.audit import last_lines, suspects  # noqa: E402
 from infra.command import Parser, run  # noqa: E402
 from infra.labels import fit_temperature  # noqa: E402
 from infra.rows import atomic_write, read_rows  # noqa: E402
-from rdpo import preference_probability  # noqa: E402
+from rdpo import LOSSES  # noqa: E402
 from toy import study, world  # noqa: E402
 from toy.study import RANDOM, SYSTEMATIC, Run, World, cell, column_name, table  # noqa: E402
 
@@ -42,13 +42,11 @@ SEEDS = range(5)
 # ------------------------------------------------------------------------------ what is compared
 
 # A reading in which the teacher has a vote of its own: half of the weight, and always for chosen.
-train.LOSSES["voting"] = train.Loss(
-    True, lambda gaps, args: (1 + preference_probability(gaps, 0.0, args.temperature)) / 2,
-    train.preference)
+LOSSES["voting"] = LOSSES["rdpo"]._replace(target=lambda judged: (1 + judged) / 2)
 
 READINGS = {
     "sigmoid(gap / T), T 1: rDPO": ("--loss", "rdpo"),
-    "the sign of the gap: T near 0": ("--loss", "rdpo", "--temperature", "1e-6"),
+    "the sign of the gap: T near 0": ("--loss", "rdpo", "--tau_temperature", "1e-6"),
     "half teacher, half sigmoid(gap)": ("--loss", "voting"),
     "1, the teacher alone: DPO": ("--loss", "dpo"),
 }
@@ -71,7 +69,7 @@ def calibrated(rows, seed):
         gaps.append(gap(row))
         shares.append(0.5 if exact == 0 else float(wins))
     temperature, _, _ = fit_temperature(np.array(gaps), np.array(shares))
-    return ("--loss", "rdpo", "--temperature", str(min(temperature, 100.0))), rows
+    return ("--loss", "rdpo", "--tau_temperature", str(min(temperature, 100.0))), rows
 
 
 def better_first(rows):
@@ -124,7 +122,7 @@ def precision(seed):
             contextlib.redirect_stderr(io.StringIO()):
         path = os.path.join(folder, "rows.jsonl")
         atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
-        train.main(["--data", path, "--out_dir", f"{folder}/out", "--cache_dir", folder, "--seed",
+        train.main(["--data", path, "--out_dir", f"{folder}/out", "--ref_cache_dir", folder, "--seed",
                     str(seed), "--max_new_tokens", "1", "--skip_saved_check"])
         lines = last_lines(f"{folder}/out/audit.jsonl").values()
     first = suspects(lines)[:count]

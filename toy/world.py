@@ -303,6 +303,28 @@ def rates(rows, answers):
     return shares | {"well_formed": sum(map(well_formed, answers)) / len(answers)}
 
 
+def is_prompt(prompt):
+    """Whether a prompt, text or a list of messages, is one of this world."""
+    try:
+        return bool(parse(prompt)) if isinstance(prompt, str) else False
+    except ValueError:
+        return False
+
+
+def held_out_rows():
+    """The bundled prompts that no training row shows."""
+    lines = Path(__file__).with_name("held_out.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def rates_table(rows, before, after):
+    """Text: the share of right answers of the reference and of the student."""
+    before, after = rates(rows, before), rates(rows, after)
+    lines = [f"right answers to {len(rows)} held-out prompts  reference  student"]
+    return "\n".join(lines + [f"{name:37s}  {before[name]:9.2f}  {after[name]:7.2f}"
+                              for name in before])
+
+
 # ------------------------------------------------------------------------------------------ writing
 
 

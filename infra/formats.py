@@ -1,0 +1,1 @@
+from infra.rows import canonical, has_input
