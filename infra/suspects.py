@@ -1,0 +1,56 @@
+"""Pairs that a student orders otherwise than the judge: their scores are most likely wrong."""
+import textwrap
+
+import numpy as np
+
+from infra.report import by_fifths, side_by_side, table
+from infra.rows import read_flags
+
+SHOWN = 500  # characters of an answer
+
+
+def tau_of(pairs, temperature=1.0):
+    """(P,): the judge's tau of each pair, nan for a pair without scores."""
+    gaps = np.array([pair.gap for pair in pairs])  # MERGE: pair.score_gap
+    return sigmoid(gaps / temperature)  # MERGE: np.where(own tau is nan, this, own tau)
+
+
+def sigmoid(x):
+    return (1 + np.tanh(x / 2)) / 2  # cannot overflow
+
+
+def suspects(tau, margins):
+    """Indices of the pairs that the student orders otherwise than the judge, the clearest first.
+
+    The order is by (tau - 1/2) * margin: the judge was sure of one side, and the student, who has
+    learnt from all other pairs, is sure of the other.
+    """
+    agreement = (tau - 0.5) * margins  # (P,)
+    return [i for i in np.argsort(agreement, kind="stable").tolist() if agreement[i] < 0]
+
+
+def suspects_text(folder, pairs, margins, tokenizer, shown):
+    """Text: a student's p for each fifth of tau, then its first suspects with their answers.
+
+    margins (P,) are the student's log-ratio margins; beta and T are those of its training.
+    BadInput if the folder holds no run of train.py.
+    """
+    flags = read_flags(folder)
+    p = sigmoid(flags["beta"] * margins)  # (P,)
+    tau = tau_of(pairs, flags["temperature"])  # (P,)  MERGE: tau_temperature
+    unscored = np.isnan(tau)
+    tau[unscored] = 1.0  # as DPO takes them
+    found = suspects(tau, margins)
+    cells = by_fifths(tau, {"mean tau": tau, "mean p": p})
+    lines = [f"suspects of {folder}: tau is the judge's preference for chosen, p the student's",
+             table({f"{len(pairs)} pairs, by tau": cells}),
+             f"\nThe student disagrees on {len(found)} of {len(pairs)} pairs. The first are those "
+             "most likely to have\na wrong score or mixed-up answers:\n"]
+    for i in found[:shown]:
+        judged = "no scores" if unscored[i] else f"tau {tau[i]:.2f}"
+        lines.append(f"{pairs[i].where}: {judged}, but p {p[i]:.2f}")
+        answers = {"chosen": pairs[i].chosen_ids, "rejected": pairs[i].rejected_ids}
+        lines.append(side_by_side([pairs[i].prompt], {
+            name: [textwrap.shorten(tokenizer.decode(ids, skip_special_tokens=True), SHOWN,
+                                    placeholder=" ...")] for name, ids in answers.items()}))
+    return "\n".join(lines)
