@@ -47,8 +47,10 @@ Validation pairs before and after training; log-probabilities in nats:
 ## Use
 
 ```python
-{load}
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 tokenizer = AutoTokenizer.from_pretrained({name!r})
+{load}
 {inputs}
 output = model.generate(**inputs, max_new_tokens=256, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
@@ -61,20 +63,16 @@ llama-quantize student.gguf student-Q4_K_M.gguf Q4_K_M
 ```
 """
 
-LOAD_MODEL = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({name!r}, dtype="auto")"""
+LOAD_MODEL = 'model = AutoModelForCausalLM.from_pretrained({name!r}, dtype="auto")'
 
 LOAD_ADAPTER = """\
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-# An adapter. Merge it into its base in float32: a 16-bit sum rounds most of the change away.
+# Merge the adapter into its base in float32: a 16-bit sum rounds most of the change away.
 base = AutoModelForCausalLM.from_pretrained({base!r}, dtype="float32")
 model = PeftModel.from_pretrained(base, {name!r}).merge_and_unload()
 model.save_pretrained("merged")
-AutoTokenizer.from_pretrained({name!r}).save_pretrained("merged")"""
+tokenizer.save_pretrained("merged")"""
 
 CHAT_INPUTS = """\
 messages = [{"role": "user", "content": "Hello"}]
