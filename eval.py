@@ -8,6 +8,7 @@
     ... --self_refine      adds a baseline: the base criticises and rewrites its own answer
     ... --bare_question    adds a goal: the base answers the question without its persona
     python eval.py --data scored.jsonl --model out    margins and accuracy on scored pairs
+    ... --suspects         shows the pairs whose scores are most likely wrong
     python eval.py --text FILE --model out            what training did to ordinary text
     python eval.py --curves out [out2 ...]            draws training runs into eval/curves.png
 
@@ -18,31 +19,34 @@ stopped run. An answer that could not be judged has score null, and is in no mea
 """
 import json
 import os
-import re
 import sys
 import zlib
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jinja2 import TemplateError
 
-from data import Pair, collate, encode_prompt, load_pairs, longest_row, micro_batches, token_ids
+from data import collate, encode_prompt, load_pairs, longest_row, micro_batches
 from infra.client import Client, add_client_flags
-from infra.command import BadInput, Parser, at_least, one_line, refuse, run
+from infra.command import BadInput, Parser, at_least, one_line, run
 from infra.disk import make_folder
 from infra.distributed import best_device
 from infra.generate import Answer, generate
 from infra.intervals import cell, equal_length, mean, ratio
 from infra.models import TOY_STUDENT, load_model, load_tokenizer, position_limit
+from infra.paragraphs import load_paragraphs
 from infra.plots import draw_curves
+from infra.reference import fingerprint
 from infra.report import indented, side_by_side, table, warn_of_overlap
 from infra.resumable import Stage, checked_rows, run_batches, run_rows
-from infra.rows import (as_messages, atomic_write, check_prompt, question_of, read_text,
+from infra.rows import (as_messages, atomic_write, check_prompt, question_of, read_flags,
                         stream_rows)
+from infra.suspects import suspects_text
 from infra.task import load_task
-from rdpo import logit_scaling, logits_in_chunks, reference_fingerprint, sequence_logps
+from rdpo import judged_tau, logit_scaling, logits_in_chunks, sequence_logps
 from reward import (ENDPOINTS, add_judge_flags, check_pairwise, compare, provenance,
                     score_answer)
 
@@ -71,10 +75,11 @@ def generate_turns(model, tokenizer, rows, task, args):
 
 
 def encode(tokenizer, prompt, row):
-    refuse(tokenizer.name_or_path, (
-        isinstance(prompt, list) and not tokenizer.chat_template,
-        "its tokenizer has no chat template, which --self_refine and prompts that are lists of "
-        "messages need; give an instruct model, or plain-text prompts"))
+    """Token ids of the prompt of a row. BadInput if the chat template cannot take it."""
+    if isinstance(prompt, list) and not tokenizer.chat_template:
+        raise BadInput(f"{tokenizer.name_or_path}: its tokenizer has no chat template, which "
+                       "--self_refine and prompts that are lists of messages need; give an "
+                       "instruct model, or plain-text prompts")
     try:
         return encode_prompt(tokenizer, prompt)
     except TemplateError as error:
@@ -87,7 +92,7 @@ def answer_rows(path, system, model, tokenizer, rows, task, args):
 
     With a task the rewrite is the answer. BadInput if `path` holds answers by other settings.
     """
-    settings = {"weights": reference_fingerprint(model, str(model.dtype)),
+    settings = {"weights": fingerprint(model, str(model.dtype)),
                 "temperature": args.temperature, "seed": args.seed,
                 "max_new_tokens": args.max_new_tokens}
     settings |= {"asked": [task.critique, task.revision]} if task else {}
@@ -137,45 +142,28 @@ TOKENS_PER_BATCH = 4096  # in one forward pass, padding included: memory only
 
 
 @torch.no_grad()
-def pair_logps(model, pairs):
-    """(P, 2): log pi(chosen) and log pi(rejected) of data.Pairs in nats, summed over tokens."""
-    logps = torch.empty(len(pairs), 2)  # (P, 2)
-    for indices in micro_batches(pairs, range(len(pairs)), TOKENS_PER_BATCH, False):
-        batch = collate([pairs[i] for i in indices]).to(model.device)
-        logps[indices] = sequence_logps(model, batch).view(2, -1).T.cpu()
+def answer_logps(model, items):
+    """(P, n): log pi of the n answers of each item, in nats, summed over its tokens.
+
+    items are data.Pairs (n = 2, chosen and rejected) or generate's Answers (n = 1). For answers
+    that a policy sampled at temperature 1, the mean of answer_logps(policy) -
+    answer_logps(reference) estimates KL(policy || reference) per answer.
+    """
+    n = len(items[0].answers) if items else 0
+    logps = torch.empty(len(items), n)  # (P, n)
+    for indices in micro_batches(items, range(len(items)), TOKENS_PER_BATCH, share_prefix=False):
+        batch = collate([items[i] for i in indices]).to(model.device)
+        logps[indices] = sequence_logps(model, batch).view(n, -1).T.cpu()  # (B, n)
     return logps
 
 
-def answer_logps(model, answers):
-    """(N,): log pi(answer) of Answers in nats, summed over tokens, end-of-turn token included.
-
-    For answers that a policy sampled at temperature 1, the mean of
-    answer_logps(policy) - answer_logps(reference) estimates KL(policy || reference) per answer.
-    """
-    # A Pair needs a second answer: one token, not read.
-    pairs = [Pair("", "", answer.prompt_ids, answer.ids, answer.ids[:1], None, None)
-             for answer in answers]
-    return pair_logps(model, pairs)[:, 0]
+def tau_of(pairs, temperature=1.0):
+    """(P,) numpy: the judge's tau of each pair, nan for a pair without scores."""
+    return judged_tau(torch.tensor([pair.score_gap for pair in pairs]),
+                      torch.tensor([pair.tau for pair in pairs]), temperature).numpy()
 
 
 # ---------------------------------------------------------------------------------- ordinary text
-
-
-def load_paragraphs(path, tokenizer, max_length):
-    """A text file's paragraphs, between empty lines: each a list of chunks, lists of token ids.
-
-    A chunk has at most max_length tokens, bos first if this tokenizer begins texts with it. The
-    tokens behind a chunk's first are predicted; a chunk without any is left out.
-    """
-    bos = [token for token in tokenizer("").input_ids[:1] if token == tokenizer.bos_token_id]
-    size, paragraphs = max_length - len(bos), []
-    for text in re.split(r"\n\s*\n", read_text(path, "a file of plain text")):
-        ids = token_ids(tokenizer, text.strip())
-        chunks = [bos + ids[start:start + size] for start in range(0, len(ids), size)]
-        paragraphs.append([chunk for chunk in chunks if len(chunk) > 1])
-    paragraphs = [chunks for chunks in paragraphs if chunks]
-    refuse(path, (not paragraphs, "no text of two tokens or more; give a file of plain text"))
-    return paragraphs
 
 
 @torch.no_grad()
@@ -208,9 +196,9 @@ def text_nats(states, paragraphs, device):
 
     sizes, sums = [sum(len(ids) - 1 for ids in chunks) for chunks in paragraphs], {}
     for name in states:
-        refuse(f"--model {name}", (
-            len(states[name][1]) != len(states["base"][1]),
-            "its output head has another size than that of --base_model; leave out --text"))
+        if len(states[name][1]) != len(states["base"][1]):
+            raise BadInput(f"--model {name}: its output head has another size than that of "
+                           "--base_model; leave out --text")
         nats = torch.ones(3, len(targets), device=device)  # (3, N)
         for (chunk, base), (_, own) in zip(logps(*states["base"]), logps(*states[name])):
             nats[0, chunk] = F.nll_loss(own, targets[chunk], reduction="none")
@@ -222,8 +210,23 @@ def text_nats(states, paragraphs, device):
 # -------------------------------------------------------------------------------------- the judge
 
 
+def ask_judge(args, task, answers):
+    """(scores, wins, number of failed rows): {row id: number or None}, {} if not asked for."""
+    scores, wins, unscored, uncompared = {}, {}, 0, 0
+    if args.base_url:
+        asked = [row for rows in answers.values() for row in rows]
+        scores, unscored = judge_rows(args, task, asked, "eval.jsonl", "score")
+    if args.pairwise:
+        keys = ("id", "row", "system", "prompt", "question", "answer")
+        asked = [{key: row[key] for key in keys if key in row} | {"base": base["answer"]}
+                 for name, rows in answers.items() if name != "base"
+                 for row, base in zip(rows, answers["base"])]
+        wins, uncompared = judge_rows(args, task, asked, "pairwise.jsonl", "win")
+    return scores, wins, unscored + uncompared
+
+
 def judge_rows(args, task, rows, name, key):
-    """Add the score or win, as `key` says, to rows, as reward.py does, and write out_dir/`name`.
+    """Add `key`, a score or a win, to rows, as reward.py does, and write out_dir/`name`.
 
     Returns ({id: number or None}, number of failed rows).
     """
@@ -242,50 +245,72 @@ def judge_rows(args, task, rows, name, key):
     stage = Stage(adds=(key, "judge"), provenance_key="judge", provenance=provenance(task, args),
                   check=check_prompt, work=work)
     failed = run_rows(stage, source, args, client.counts)
-    # The file is empty if no row was ever finished.
-    judged = stream_rows(args.out) if os.path.getsize(args.out) else []
-    return {row["id"]: row[key] for _, row in judged}, failed
+    # The file is empty if no row was ever finished, and it may have rows of earlier calls.
+    judged = dict(stream_rows(args.out)) if os.path.getsize(args.out) else {}
+    numbers = {row["id"]: row[key] for row in judged.values()}
+    return {row["id"]: numbers.get(row["id"]) for row in rows}, failed
 
 
 # -------------------------------------------------------------------------------------- the table
 
 
-def answer_cells(args, rows, base_rows, scores, wins, kl):
-    """{measurement: cell} of one system's answers. A new measurement goes here.
+def answer_blocks(args, inputs, answers, numbers):
+    """{heading: {system: cells}}: a block per behaviour and, if there are several, one for all.
 
-    scores, wins and kl map the id of a row to a number; one that is missing or None is unknown.
+    numbers is {"score", "win", "kl": {row id: number}}; one that is missing or None is unknown.
     """
-    def column(numbers, rows):  # (N,), nan is unknown
-        return np.array([numbers.get(row["id"]) for row in rows], dtype=float)
+    behaviours = {}  # {name: indices of its rows}
+    for i, row in enumerate(inputs.rows):
+        behaviour = row.get("behaviour", inputs.task.name if inputs.task else "answers")
+        behaviours.setdefault(one_line(str(behaviour)), []).append(i)
+    if len(behaviours) > 1:
+        behaviours["all"] = range(len(inputs.rows))
+    blocks = {}
+    for behaviour, indices in behaviours.items():
+        own = {name: [rows[i] for i in indices] for name, rows in answers.items()}
+        blocks[f"{behaviour}, {len(indices)} prompts"] = {
+            name: answer_cells(args, rows, own["base"], numbers) for name, rows in own.items()}
+    return blocks
 
-    lengths = {row["id"]: len(row["ids"]) for row in rows + base_rows}
-    score, tokens = column(scores, rows), column(lengths, rows)
-    # The base has no gain over itself.
-    gap = score - (np.nan if rows == base_rows else column(scores, base_rows))
-    longer = tokens - column(lengths, base_rows)
-    lengths_differ = len(set(longer[~np.isnan(gap)])) > 1
-    win = column(wins, rows) if args.pairwise else (1 + np.sign(gap)) / 2  # a tie is half a win
+
+def answer_cells(args, rows, base_rows, numbers):
+    """{measurement: cell} of one system's answers. A new measurement goes here."""
+    def column(name, rows):  # (N,), nan is unknown
+        return np.array([numbers[name].get(row["id"]) for row in rows], dtype=float)
+
+    score, base_score = column("score", rows), column("score", base_rows)
+    gain = score - base_score if rows != base_rows else np.nan * score  # none over itself
+    tokens, base_tokens = (np.array([len(row["ids"]) for row in part]) for part in
+                           (rows, base_rows))
+    longer = tokens - base_tokens
+    lengths_differ = len(set(longer[~np.isnan(gain)])) > 1
+    win = column("win", rows) if args.pairwise else (1 + np.sign(gain)) / 2  # a tie: 1/2
     return {"judged": f"{np.isfinite(score).sum()}/{len(rows)}" if args.base_url else "-",
             "score (higher is better)": cell(".2f", mean, score),
             "win over base %": cell(".0f", mean, 100 * win),
             "score gain at equal length":
-                cell("+.2f", equal_length, gap, longer) if lengths_differ else "-",
+                cell("+.2f", equal_length, gain, longer) if lengths_differ else "-",
             "tokens": f"{tokens.mean():.1f}",
             "degenerate %": f"{100 * np.mean([fault(row) != '' for row in rows]):.1f}",
-            "KL from base, nats": cell(".2f", mean, column(kl, rows))}
+            "KL from base, nats": cell(".2f", mean, column("kl", rows))}
 
 
-def pair_cells(pairs, logps, reference):
+def margins_of(logps, base_logps):
+    """(P,): the log-ratio margins of a model in nats, the loss's m / beta."""
+    return (logps - base_logps).double().numpy() @ [1, -1]
+
+
+def pair_cells(pairs, logps, base_logps):
     """{measurement: cell} of a model on scored pairs, from its and the base's logps, (P, 2)."""
-    margins = (logps - reference).double().numpy() @ [1, -1]  # (P,): the loss's m / beta
-    if logps is reference:
+    margins = margins_of(logps, base_logps)
+    if logps is base_logps:
         margins[:] = np.nan  # the base has no preference against itself
     side = np.where(abs(margins) < 1e-3, 0, np.sign(margins))  # 0: no preference, half right
-    signs = np.sign([pair.gap or np.nan for pair in pairs])  # (P,): nan for a tie or no score
+    judged = np.sign([pair.lean or np.nan for pair in pairs])  # (P,), nan for a tie or no score
     chosen, rejected = logps.T.double().numpy()
     return {"pairs": str(len(pairs)),
             "chosen first %": cell(".1f", mean, 50 * (1 + side)),
-            "agrees with scores %": cell(".1f", mean, 50 * (1 + side * signs)),
+            "agrees with scores %": cell(".1f", mean, 50 * (1 + side * judged)),
             "log-ratio margin, nats": cell("+.2f", mean, margins),
             "logp chosen, nats": cell(".2f", mean, chosen),
             "logp rejected, nats": cell(".2f", mean, rejected)}
@@ -302,23 +327,34 @@ def text_cells(nats, base_nats):
             "KL from base, nats per token": cell(".4f", ratio, kl, tokens)}
 
 
-def notes_on(args, answers, scores, wins):
+def notes_on(args, answers, numbers):
     """The notes below the table, one sentence per line."""
     lines = ["[low, high]: 95 % bootstrap interval over prompts, pairs or paragraphs"]
     for name, rows in answers.items():
-        for verb, asked, numbers in (("judge", args.base_url, scores),
-                                     ("compare", args.pairwise and name != "base", wins)):
-            unknown = sum(numbers.get(row["id"]) is None for row in rows)
-            if asked and unknown:
+        for verb, number in (("judge", "score"), ("compare", "win")):
+            unknown = sum(numbers[number].get(row["id"], 0) is None for row in rows)
+            if unknown:
                 lines.append(f"could not {verb} {unknown} of {len(rows)} answers of {name}")
-        kinds = Counter(filter(None, map(fault, rows)))
-        if kinds:
-            text = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-            limit = " (cut by --max_new_tokens)" if kinds["cut"] else ""
+        faults = Counter(filter(None, map(fault, rows)))
+        if faults:
+            text = ", ".join(f"{count} {kind}" for kind, count in faults.items())
+            limit = " (cut by --max_new_tokens)" if faults["cut"] else ""
             lines.append(f"degenerate answers of {name}: {text}{limit}")
     if answers and args.temperature != 1:
         lines.append("KL: only from answers that are sampled at --temperature 1")
     return lines
+
+
+def shown_answers(args, rows, answers, scores):
+    """Text: the answers to the four prompts whose scores differ most, then to four random ones."""
+    scores = np.array([[scores.get(row["id"]) for row in own] for own in answers.values()],
+                      dtype=float)  # (systems, N), nan is unknown
+    spread = np.nan_to_num(np.ptp(scores, axis=0))  # (N,)
+    order = np.random.default_rng(args.seed).permutation(len(rows))
+    shown = dict.fromkeys([*order[np.argsort(-spread[order], kind="stable")][:4], *order[:4]])
+    return side_by_side(
+        [rows[i]["prompt"] for i in shown],
+        {name: [own[i]["answer"] for i in shown] for name, own in answers.items()})
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -331,7 +367,10 @@ def get_args(argv):
     flag("--model", dest="students", nargs="+", default=[], help="model folders or hub ids")
     flag("--base_model", default=TOY_STUDENT, help="the reference (default: the toy student)")
     flag("--prompts", help="held-out rows with a prompt")
-    flag("--data", help="held-out rows with chosen, rejected and, maybe, scores")
+    flag("--data", help="held-out rows with chosen, rejected and, optionally, scores")
+    flag("--suspects", type=at_least(1), nargs="?", const=10, metavar="N",
+         help="show the N pairs of --data (default: 10) whose scores are most likely wrong; weaker "
+              "on training rows, from which the student has learnt")
     flag("--text", help="ordinary text, UTF-8, paragraphs between empty lines")
     flag("--max_length", type=at_least(2), default=1024,
          help="of --data: prompt + one answer; of --text: tokens read at a time")
@@ -353,43 +392,57 @@ def get_args(argv):
     parser.set_defaults(limit=None, show=False)  # run_rows judges all rows, silently
     args = parser.parse_args(argv)
     args.students = [folder.rstrip("/") for folder in args.students]
-    refuse(
-        "",
-        (not args.curves and not (args.students and (args.prompts or args.data or args.text)),
-         "give --model with --prompts, --data or --text, or --curves"),
-        (args.base_url and not (args.prompts and args.model and (args.task or args.endpoint)),
-         "--base_url needs --task or --endpoint, with --prompts and --judge_model"),
-        (args.pairwise and (not args.base_url or args.endpoint),
-         "--pairwise needs --base_url with an LLM as the judge, not --endpoint"),
-        (args.self_refine and not (args.task and args.prompts),
-         "--self_refine needs --task and --prompts"),
-        (args.bare_question and not args.prompts, "--bare_question needs --prompts"),
-        (len({"base", *args.students}) <= len(args.students),
-         "--model names a folder twice, or one called base; give each once, under another name"),
-        (os.path.exists(args.out_dir) and not os.path.isdir(args.out_dir),
-         f"--out_dir {args.out_dir}: is a file; give a folder"))
+    if not args.curves and not (args.students and (args.prompts or args.data or args.text)):
+        raise BadInput("give --model with --prompts, --data or --text, or --curves")
+    if args.base_url and not (args.prompts and args.model and (args.task or args.endpoint)):
+        raise BadInput("--base_url needs --task or --endpoint, with --prompts and --judge_model")
+    if args.pairwise and (not args.base_url or args.endpoint):
+        raise BadInput("--pairwise needs --base_url with an LLM as the judge, not --endpoint")
+    if args.self_refine and not (args.task and args.prompts):
+        raise BadInput("--self_refine needs --task and --prompts")
+    if args.bare_question and not args.prompts:
+        raise BadInput("--bare_question needs --prompts")
+    if args.suspects and not args.data:
+        raise BadInput("--suspects needs --data")
+    if len({"base", *args.students}) <= len(args.students):
+        raise BadInput("--model names a folder twice, or one called base; give each once, under "
+                       "another name")
+    if os.path.exists(args.out_dir) and not os.path.isdir(args.out_dir):
+        raise BadInput(f"--out_dir {args.out_dir}: is a file; give a folder")
     return args
 
 
+class Inputs(NamedTuple):
+    """What models are measured on. What was not asked for is empty."""
+    task: object  # infra.task.Task, or None
+    rows: list  # of --prompts
+    pairs: list  # of --data
+    paragraphs: list  # of --text, see load_paragraphs
+    tokenizers: dict  # {folder or hub id: tokenizer}
+    notes: list  # on the rows of --data that were left out
+
+
 def load_inputs(args):
-    """(task, rows, pairs, paragraphs, {folder: tokenizer}, notes), all checked at the start."""
+    """The Inputs. Everything that can be wrong is refused here, before a model computes."""
     task = load_task(args.task) if args.task else None
     check_pairwise(args, task)
     if args.base_url:
         Client(args)  # raises for a wrong address or a missing key
+    for folder in args.students if args.suspects else ():
+        read_flags(folder)
     rows, pairs, paragraphs, notes = [], [], [], []
     if args.prompts:
         rows = [row for _, row in checked_rows(args.prompts, None, check_prompt, ())]
-    same = all(row.get("question", row["prompt"]) == row["prompt"] for row in rows)
-    refuse(args.prompts, (args.bare_question and same, "no row has a `question` other than its "
-                          "prompt, which --bare_question needs"))
+    if args.bare_question and all(row.get("question", row["prompt"]) == row["prompt"]
+                                  for row in rows):
+        raise BadInput(f"{args.prompts}: no row has a `question` other than its prompt, which "
+                       "--bare_question needs")
     tokenizers = {folder: load_tokenizer(folder) for folder in (args.base_model, *args.students)}
     base = tokenizers[args.base_model]
     for folder in args.students:
-        refuse(f"--model {folder}", (
-            tokenizers[folder].get_vocab() != base.get_vocab(),
-            f"its vocabulary is not that of --base_model {args.base_model}; give the model that "
-            "it was trained from"))
+        if tokenizers[folder].get_vocab() != base.get_vocab():
+            raise BadInput(f"--model {folder}: its vocabulary is not that of --base_model "
+                           f"{args.base_model}; give the model that it was trained from")
     # train.py --template_kwargs changes a student's template: ask the base in the same way.
     base.chat_template = tokenizers[args.students[0]].chat_template or base.chat_template
     if args.data:
@@ -400,46 +453,53 @@ def load_inputs(args):
     for folder in args.students:
         warn_of_overlap(folder, args.prompts, [row["prompt"] for row in rows])
         warn_of_overlap(folder, args.data, [pair.prompt for pair in pairs])
-    return task, rows, pairs, paragraphs, tokenizers, notes
+    return Inputs(task, rows, pairs, paragraphs, tokenizers, notes)
 
 
-def run_models(args, task, rows, pairs, paragraphs, tokenizers):
-    """Four dicts: {system: rows of answers.jsonl}, {row id: log-ratio to the base}, {model:
-    pair_logps}, {model: its text_nats}."""
-    path = os.path.join(args.out_dir, "answers.jsonl")
-    device = best_device()
+def run_models(args, inputs):
+    """({system: rows of answers.jsonl}, {row id: log-ratio of a sampled answer to the base},
+    {model: answer_logps of the pairs}, {model: text_nats}), in the order of the table."""
+    rows, pairs, paragraphs = inputs.rows, inputs.pairs, inputs.paragraphs
+    path, device = os.path.join(args.out_dir, "answers.jsonl"), best_device()
     longest = max([0, *map(longest_row, pairs), *(len(chunks[0]) for chunks in paragraphs)])
     answers, sampled, kl, logps, states = {}, {}, {}, {}, {}
+
+    def answer(system, folder, rows, task=None):
+        return answer_rows(path, system, model, inputs.tokenizers[folder], rows, task, args)
+
     # One model in memory at a time. The base is last: KL needs its view of the students' answers.
     for name, folder in [*zip(args.students, args.students), ("base", args.base_model)]:
         model = None  # frees the one before
         model = load_model(folder, "auto" if device == "cuda" else torch.float32).to(device)
-        limit = position_limit(model)
-        refuse(f"--max_length {args.max_length}", (
-            longest > limit,
-            f"--data or --text has a row of {longest} tokens, but {folder} takes {limit}"))
-        logps[name] = pair_logps(model, pairs)
+        if longest > position_limit(model):
+            raise BadInput(f"--max_length {args.max_length}: --data or --text has a row of "
+                           f"{longest} tokens, but {folder} takes {position_limit(model)}")
+        if pairs:
+            logps[name] = answer_logps(model, pairs)
         if paragraphs:
             states[name] = text_states(model, paragraphs)
         if rows:
-            answers[name] = answer_rows(path, name, model, tokenizers[folder], rows, None, args)
+            answers[name] = answer(name, folder, rows)
         if rows and args.temperature == 1 and name != "base":
             texts = [Answer(row["answer"], row["finish"], row["prompt_ids"], row["ids"])
                      for row in answers[name]]
             sampled[name] = texts, answer_logps(model, texts)
-    base_tokenizer = tokenizers[args.base_model]  # and model is the base, the last of the loop
-    for name, (texts, student_logps) in sampled.items():
-        log_ratios = student_logps - answer_logps(model, texts)
-        kl |= zip((row["id"] for row in answers[name]), log_ratios.tolist())
+    for name, (texts, student_logps) in sampled.items():  # model is the base now
+        log_ratios = student_logps - answer_logps(model, texts)  # (N, 1)
+        kl |= zip((row["id"] for row in answers[name]), log_ratios[:, 0].tolist())
     if args.bare_question:
         bare = [row | {"prompt": row.get("question", row["prompt"])} for row in rows]
-        answers[BARE] = answer_rows(path, BARE, model, base_tokenizer, bare, None, args)
+        answers[BARE] = answer(BARE, args.base_model, bare)
     if args.self_refine:
-        answers[REFINED] = answer_rows(path, REFINED, model, base_tokenizer, rows, task, args)
+        answers[REFINED] = answer(REFINED, args.base_model, rows, inputs.task)
         refined = refined_rows(answers[REFINED], args.base_model)
         atomic_write(os.path.join(args.out_dir, "refined.jsonl"),
                      "".join(json.dumps(row) + "\n" for row in refined))
-    return answers, kl, logps, text_nats(states, paragraphs, device) if paragraphs else {}
+    nats = text_nats(states, paragraphs, device) if paragraphs else {}
+    columns = ("base", BARE, REFINED, *args.students)
+    answers, logps, nats = ({name: part[name] for name in columns if name in part}
+                            for part in (answers, logps, nats))
+    return answers, kl, logps, nats
 
 
 def main(argv=None):
@@ -449,64 +509,36 @@ def main(argv=None):
         path = os.path.join(args.out_dir, "curves.png")
         draw_curves(args.curves, path)
         return print(path)
-    task, rows, pairs, paragraphs, tokenizers, data_notes = load_inputs(args)
+    inputs = load_inputs(args)
     make_folder("--out_dir", args.out_dir)
-    answers, kl, logps, nats = run_models(args, task, rows, pairs, paragraphs, tokenizers)
+    answers, kl, logps, nats = run_models(args, inputs)
+    scores, wins, failed = ask_judge(args, inputs.task, answers)
 
-    # The judge: a score per answer and, with --pairwise, whether it wins over the base's.
-    scores, wins, failed = {}, {}, 0
-    if args.base_url:
-        asked = [row for own in answers.values() for row in own]
-        scores, failed = judge_rows(args, task, asked, "eval.jsonl", "score")
-    if args.pairwise:
-        keys = ("id", "row", "system", "prompt", "question", "answer")
-        asked = [{key: row[key] for key in keys if key in row} | {"base": base["answer"]}
-                 for name, own in answers.items() if name != "base"
-                 for row, base in zip(own, answers["base"])]
-        wins, failed_pairs = judge_rows(args, task, asked, "pairwise.jsonl", "win")
-        failed += failed_pairs
-
-    # The table: a block per behaviour, one for all of them, one for pairs, one for text.
-    answers = {name: answers[name] for name in ("base", BARE, REFINED, *args.students)
-               if name in answers}
-    groups, blocks = {}, {}  # behaviour -> indices of its rows
-    for i, row in enumerate(rows):
-        behaviour = str(row.get("behaviour", task.name if task else "answers"))
-        groups.setdefault(one_line(behaviour), []).append(i)
-    if len(groups) > 1:
-        groups["all"] = range(len(rows))
-    for behaviour, indices in groups.items():
-        chosen = {name: [own[i] for i in indices] for name, own in answers.items()}
-        blocks[f"{behaviour}, {len(indices)} prompts"] = {
-            name: answer_cells(args, own, chosen["base"], scores, wins, kl)
-            for name, own in chosen.items()}
-    models = ("base", *args.students)
-    if pairs:
-        blocks[f"validation pairs of {args.data}"] = {
-            name: pair_cells(pairs, logps[name], logps["base"]) for name in models}
-    if paragraphs:
-        heading = f"text of {args.text}, {nats['base'][2].sum():.0f} tokens in {len(paragraphs)}"
-        blocks[f"{heading} paragraphs"] = {
-            name: text_cells(nats[name], nats["base"]) for name in models}
-    text = "\n".join([table(blocks), "", *notes_on(args, answers, scores, wins), *data_notes])
+    numbers = {"score": scores, "win": wins, "kl": kl}
+    blocks = answer_blocks(args, inputs, answers, numbers)
+    if inputs.pairs:
+        blocks[f"pairs of {args.data}"] = {
+            name: pair_cells(inputs.pairs, logps[name], logps["base"]) for name in logps}
+    if inputs.paragraphs:
+        heading = f"text of {args.text}, {nats['base'][2].sum():.0f} tokens in"
+        blocks[f"{heading} {len(inputs.paragraphs)} paragraphs"] = {
+            name: text_cells(nats[name], nats["base"]) for name in nats}
+    text = "\n".join([table(blocks), "", *notes_on(args, answers, numbers), *inputs.notes])
+    for folder in args.students if args.suspects else ():
+        flags = read_flags(folder)
+        tau = tau_of(inputs.pairs, flags["tau_temperature"])  # (P,)
+        margins = flags["beta"] * margins_of(logps[folder], logps["base"])  # (P,)
+        text += "\n\n" + suspects_text(folder, inputs.pairs, tau, margins,
+                                       inputs.tokenizers[folder], args.suspects)
     print("\n" + text)
-
-    # The report shows the four prompts whose scores differ most, then four random ones.
     report = f"# Evaluation\n\n{indented(text)}\n"
-    if rows:
-        numbers = np.array([[scores.get(row["id"]) for row in own] for own in answers.values()],
-                           dtype=float)  # (systems, N), nan is unknown
-        spread = np.nan_to_num(np.ptp(numbers, axis=0))  # (N,)
-        order = np.random.default_rng(args.seed).permutation(len(rows))
-        shown = dict.fromkeys([*order[np.argsort(-spread[order], kind="stable")][:4], *order[:4]])
-        sides = side_by_side(
-            [rows[i]["prompt"] for i in shown],
-            {name: [own[i]["answer"] for i in shown] for name, own in answers.items()})
+    if inputs.rows:
+        sides = shown_answers(args, inputs.rows, answers, scores)
+        report += f"\n## Answers side by side\n\n{indented(sides)}"
         if not args.base_url:
             print("\n" + sides)
-        report += f"\n## Answers side by side\n\n{indented(sides)}"
     atomic_write(os.path.join(args.out_dir, "report.md"), report)
-    if scores and np.isnan(numbers).all():
+    if scores and set(scores.values()) == {None}:
         print(f"error: no reply of {args.model} had a verdict; {args.out_dir}/eval.jsonl has the "
               "replies: do --task and --prompts match, is --max_tokens large enough?",
               file=sys.stderr)

@@ -31,7 +31,7 @@ sys.path.insert(0, ROOT)
 
 import train  # noqa: E402
 from data import encode_prompt, load_pairs, split_train_val  # noqa: E402
-from eval import pair_logps  # noqa: E402
+from eval import answer_logps  # noqa: E402
 from infra.generate import generate  # noqa: E402
 from infra.models import load_model, load_tokenizer  # noqa: E402
 
@@ -106,16 +106,16 @@ with tempfile.TemporaryDirectory() as folder:
     _, pairs = split_train_val(pairs, 0.2, 0)
 
     def margin(model, reference):
-        return ((pair_logps(model, pairs) - reference) @ torch.tensor([1.0, -1.0])).mean().item()
+        return ((answer_logps(model, pairs) - reference) @ torch.tensor([1.0, -1.0])).mean().item()
 
-    base = pair_logps(load_model(args.model), pairs)  # (P, 2)
+    base = answer_logps(load_model(args.model), pairs)  # (P, 2)
     whole = margin(load_model(student), base)
     lines = [("as saved", os.path.getsize(os.path.join(student, "model.safetensors")), whole,
               whole)]
     asked = list(dict.fromkeys(pair.prompt for pair in pairs if isinstance(pair.prompt, str)))[:6]
     for kind in ("f16", "q8_0"):
         path, own_base = converted(args.model, kind, args.converter, folder)
-        own_base = pair_logps(own_base, pairs)
+        own_base = answer_logps(own_base, pairs)
         path, model = converted(student, kind, args.converter, folder)
         lines.append((f"{kind}, converted", os.path.getsize(path), margin(model, base),
                       margin(model, own_base)))
@@ -124,7 +124,7 @@ with tempfile.TemporaryDirectory() as folder:
     local = [answer.text for answer in generate(model, tokenizer, prompt_ids, 24)]
     equal = sum(ours.strip() == theirs.strip() for ours, theirs in zip(local, answers))
     for kind in KINDS:
-        own_base = pair_logps(quantised(load_model(args.model), kind), pairs)
+        own_base = answer_logps(quantised(load_model(args.model), kind), pairs)
         model = quantised(load_model(student), kind)
         lines.append((f"{kind}, computed", None, margin(model, base), margin(model, own_base)))
 

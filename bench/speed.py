@@ -188,7 +188,7 @@ model = LlamaForCausalLM(LlamaConfig(
     num_attention_heads=4, tie_word_embeddings=True)).eval()
 optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 texts = [torch.randint(4000, (600,)).split([300, 150, 150]) for _ in range(8)]
-pairs = [Pair("", "", *(ids.tolist() for ids in text), None, None) for text in texts]
+pairs = [Pair("", "", *(ids.tolist() for ids in text)) for text in texts]
 for _ in range(3):
     for batch in micro_batches(pairs, range(8), 2400, True):
         sequence_logps(model, collate([pairs[i] for i in batch], True)).sum().backward()

@@ -18,6 +18,10 @@ class Answer:
     prompt_ids: list
     ids: list  # the answer's tokens, its end-of-turn token included
 
+    @property
+    def answers(self):
+        return [self.ids]  # as a data.Pair has two
+
 
 class GumbelNoise(LogitsProcessor):
     """Add Gumbel noise: the argmax of logits / T + noise is a sample of softmax(logits / T).

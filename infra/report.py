@@ -136,6 +136,15 @@ def table(blocks):
                      else "\n" + line[0] for line in lines)
 
 
+def by_fifths(tau, columns):
+    """Cells of table(): the mean of each of the columns, arrays (N,), for each fifth of tau."""
+    fifths, cells = (5 * tau).astype(int).clip(max=4), {}  # (N,), 0 to 4
+    for n in sorted({*fifths.tolist()}):
+        cells[f"{n / 5:.1f} to {(n + 1) / 5:.1f}"] = {"pairs": str((fifths == n).sum())} | {
+            name: f"{values[fifths == n].mean():.2f}" for name, values in columns.items()}
+    return cells
+
+
 def indented(text):
     """Text as a Markdown code block: four spaces before each line, so that it stays text."""
     return textwrap.indent(printable(text), "    ")

@@ -4,17 +4,20 @@ import hashlib
 import io
 import json
 import os
+import re
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, read_metrics
 from huggingface_hub import ModelCard
 
+import train
 from data import load_pairs
+from infra import runlog
 from infra.card import write_card
 from infra.generate import generate
 from infra.models import TOY_STUDENT, load_model, load_tokenizer
-from infra.runlog import table_line
+
 
 SHORT = "--max_steps", 2, "--batch_size", 4
 BREAKERS = ("\n---\nlicense: mit\n", "\n# Head `code` <b>*x*</b>", "\n```\n", ": [", "\x1b[2J{x}")
@@ -43,11 +46,11 @@ def test_a_card_has_the_runs_values(run_train, tmp_path, toy_rows, write_rows):
     train_count, val_count = map(sum, zip(*counts))
     assert f"{train_count} pairs to train on, {val_count} for validation" in out
     assert f"judge: {toy_rows[0]['judge']['model']}" in text and "52 pairs" in text
-    steps, evaluations = read_metrics(tmp_path / "out")
-    first, last = evaluations[0], evaluations[-1]
-    assert table_line(0, {}, first) in text and table_line(2, steps[-1], last) in text
-    assert table_line(0, {}, last) not in text
-    assert f"    {out[out.index('as saved'):].splitlines()[0]}\n" in text
+    head, before, *_, after = re.findall(r"^  step  .*|^     \d .* \| .*", out, re.M)
+    (as_saved,) = re.findall("^as saved.*", out, re.M)
+    assert before.split()[0] == "0" and after.split()[0] == "2" and before != after
+    block = "\n".join(f"    {line}" for line in (head, before, after, as_saved))
+    assert f"in nats:\n\n{block}\n\n## Use" in text
     assert str(tmp_path) not in text and ROOT not in text
 
 
@@ -113,19 +116,18 @@ def test_an_adapter_a_hub_id_and_other_losses(run_train, tmp_path, toy_rows, wri
     flags = json.loads((tmp_path / "out" / "args.json").read_text())
     tokenizer = load_tokenizer(TOY_STUDENT)
     pairs, _ = load_pairs(path, tokenizer, 1024, needs_scores=False)
-    args = SimpleNamespace(**flags | {"model": "owner/name", "loss": "sft", "lora_rank": 17,
-                                      "reference": str(tmp_path / "first")})
-    write_card(args, tokenizer, pairs[4:], pairs[:4], "")
+    args = SimpleNamespace(**flags | {"model": "owner/name", "loss": "sft", "lora_rank": 17})
+    write_card(args, tokenizer, pairs[4:], pairs[:4], ["# one", "`two` \x1b"])
     metadata, text = card_of(tmp_path / "out")
     assert metadata["base_model"] == "owner/name" and metadata["tags"] == ["rdpo", "sft"]
     assert "vllm serve owner/name --enable-lora --max-lora-rank 32" in text
-    assert "    reference: first\n" in text and str(tmp_path) not in text
+    assert "\n\n    # one\n    `two` \ufffd\n\n" in text and str(tmp_path) not in text
     assert "16 pairs to train on, 4 for validation" in text
 
     # A file that changed since the run began, or a pipe, is not described.
     later = os.path.getmtime(tmp_path / "out" / "args.json") + 5
     os.utime(path, (later, later))
-    write_card(args, tokenizer, pairs[4:], pairs[:4], "")
+    write_card(args, tokenizer, pairs[4:], pairs[:4], [])
     assert "data: rows.jsonl, not kept\n" in card_of(tmp_path / "out")[1]
 
 

@@ -448,7 +448,7 @@ def test_epoch_order_is_a_permutation_fixed_by_seed_and_epoch():
 
 
 def test_no_prompt_is_on_both_sides_of_the_split():
-    pairs = [Pair(p.where, p.prompt, [i // 3], p.chosen_ids, p.rejected_ids, 1.0, 0.0)
+    pairs = [Pair(p.where, p.prompt, [i // 3], p.chosen_ids, p.rejected_ids)
              for i, p in enumerate(random_pairs(60))]
     train, val = split_train_val(pairs, 0.1, seed=0)
     assert len(train) == 54 and len(val) == 6

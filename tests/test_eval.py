@@ -22,6 +22,7 @@ from infra.command import BadInput
 from infra.generate import Answer, generate
 from infra.intervals import bootstrap, equal_length, mean, ratio
 from infra.models import TOY_STUDENT, load_model, load_tokenizer
+from infra.paragraphs import load_paragraphs
 from infra.report import table
 from infra.task import load_task
 from toy import server as toy
@@ -147,8 +148,8 @@ def test_kl_estimate_against_the_exact_sum_over_all_answers():
         return generate(policy, Letters(), [prompt_ids] * count, 3, temperature, batch_size=count)
 
     sampled = sample(1.0)
-    logps = evaluation.answer_logps(policy, sampled)
-    estimates = (logps - evaluation.answer_logps(reference, sampled)).double()
+    logps = evaluation.answer_logps(policy, sampled)[:, 0]
+    estimates = (logps - evaluation.answer_logps(reference, sampled)[:, 0]).double()
 
     possible = [[*ids, 0] for n in range(3) for ids in itertools.product(range(1, 7), repeat=n)]
     possible += [list(ids) for ids in itertools.product(range(1, 7), repeat=3)]
@@ -218,8 +219,8 @@ def test_text_is_cut_at_empty_lines_and_at_max_length(toy_tokenizer, write_rows)
     path = write_rows("One line.\nIts second line.\r\n \t\r\nI am a hero.\n\na\n", "text.txt")
     texts = ["One line.\nIts second line.", "I am a hero."]  # "a" is one token: nothing to predict
     whole = [toy_tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-    assert evaluation.load_paragraphs(path, toy_tokenizer, 100) == [[ids] for ids in whole]
-    cut = evaluation.load_paragraphs(path, toy_tokenizer, 4)
+    assert load_paragraphs(path, toy_tokenizer, 100) == [[ids] for ids in whole]
+    cut = load_paragraphs(path, toy_tokenizer, 4)
     assert [sum(chunks, []) for chunks in cut] == [
         ids[:len(ids) - (len(ids) % 4 == 1)] for ids in whole]
     assert {len(chunk) for chunks in cut for chunk in chunks[:-1]} == {4}
@@ -231,7 +232,7 @@ def test_text_is_cut_at_empty_lines_and_at_max_length(toy_tokenizer, write_rows)
             ids = [len(word) for word in text.split()]
             return types.SimpleNamespace(input_ids=[0] * add_special_tokens + ids)
 
-    assert evaluation.load_paragraphs(path, Words(), 4) == [
+    assert load_paragraphs(path, Words(), 4) == [
         [[0, 3, 5, 3], [0, 6, 5]], [[0, 1, 2, 1], [0, 5]], [[0, 1]]]
 
 
@@ -514,11 +515,11 @@ def test_scored_pairs_give_the_numbers_of_train(run_stage, student, base, toy_ro
     code, out, err = run_stage(evaluation, "--data", path, "--model", student,
                                "--out_dir", tmp_path / "pairs")
     assert code == 0, err
-    row = cells(out, "validation pairs", student)
+    row = cells(out, "pairs of", student)
     args = types.SimpleNamespace(beta=0.1, loss="rdpo", temperature=1.0, tokens_per_batch=2048,
                                  sft_weight=0.0, device="cpu", dtype="float32")
     pairs, _ = load_pairs(path, toy_tokenizer, 1024, needs_scores=True)
-    reference = evaluation.pair_logps(base, pairs)
+    reference = evaluation.answer_logps(base, pairs)
     gaps = torch.tensor([pair.score_chosen - pair.score_rejected for pair in pairs])
     dataset = train.Dataset(pairs, False, torch.stack([*reference.T, torch.sigmoid(gaps), gaps]))
     metrics, _ = train.evaluate(load_model(student), dataset, args)
@@ -529,7 +530,7 @@ def test_scored_pairs_give_the_numbers_of_train(run_stage, student, base, toy_ro
                         ("logp rejected, nats", metrics["eval/logps/rejected"])):
         tolerance = 0.06 if "%" in name else 0.006
         assert float(row[name].split()[0]) == pytest.approx(value, abs=tolerance)
-    own = cells(out, "validation pairs", "base")
+    own = cells(out, "pairs of", "base")
     assert own["chosen first %"] == own["agrees with scores %"] == "-"
     assert own["log-ratio margin, nats"] == "-"
     assert own["pairs"] == "40" and own["logp chosen, nats"] != "-"
@@ -543,7 +544,7 @@ def test_text_is_a_block_of_the_table(run_stage, student, base, toy_tokenizer, t
     flags = ("--text", path, "--max_length", 16, "--out_dir", tmp_path / "text", "--model")
     code, out, err = run_stage(evaluation, *flags, student)
     assert code == 0, err
-    paragraphs = evaluation.load_paragraphs(path, toy_tokenizer, 16)
+    paragraphs = load_paragraphs(path, toy_tokenizer, 16)
     nll, kl, tokens = slow_text_nats(base, load_model(student), paragraphs).numpy()
     base_nll, _, _ = slow_text_nats(base, base, paragraphs).numpy()
     heading = f"text of {path}, {tokens.sum():.0f} tokens in 6 paragraphs"

@@ -1,16 +1,20 @@
-"""Labels, the temperature fitted to them, and the audit of a run."""
+"""Labels, the temperature fitted to them, and the suspects of a student."""
 import io
 import json
 import math
 import os
 import random
+import re
 
 import numpy as np
 import pytest
+import torch
 from conftest import assert_one_line, read_lines
 
 import data
-from infra import audit, labels
+import eval as evaluation
+from infra import labels
+from infra.models import TOY_STUDENT, load_model
 from toy import world
 
 ROWS = [{"id": i, "prompt": f"game {i}", "question": f"question {i}", "chosen": f"new {i}",
@@ -184,83 +188,114 @@ def test_rows_with_tau_are_calibrated_by_their_log_odds(run_stage, write_rows):
     assert code == 0 and low <= 3 <= high and low > 1.5
 
 
-# ------------------------------------------------------------------------------------------- audit
+# ---------------------------------------------------------------------------------------- suspects
 
 
-def corrupted(rows, seed, share=0.05):
-    """(rows with the scores of a share of them exchanged, names of those)."""
+def corrupted(rows, seed, share=0.1):
+    """(rows with the scores of a share of them exchanged, the indices of those)."""
     rows = [dict(row) for row in rows]
     unequal = [i for i, row in enumerate(rows) if row["score_chosen"] != row["score_rejected"]]
     wrong = random.Random(seed).sample(unequal, round(share * len(rows)))
     for i in wrong:
         rows[i]["score_chosen"], rows[i]["score_rejected"] = (rows[i]["score_rejected"],
                                                              rows[i]["score_chosen"])
-    return rows, wrong
+    return rows, set(wrong)
 
 
-def test_the_audit_finds_corrupted_scores(run_train, run_stage, write_rows, toy_rows, tmp_path):
-    rows, wrong = corrupted(toy_rows, seed=0)
+def line_number(where):
+    return int(where.rsplit(":", 1)[1])
+
+
+def suspects_in(out):
+    """[(file:line, tau or None, p)] of the suspects that eval.py printed."""
+    found = re.findall(r"^(\S+:\d+): (?:tau ([\d.]+)|no scores), but p ([\d.]+)$", out, re.M)
+    return [(where, float(tau) if tau else None, float(p)) for where, tau, p in found]
+
+
+def test_corrupted_scores_are_the_first_suspects(run_train, run_stage, write_rows, toy_rows,
+                                                 tmp_path):
+    (rows, wrong), (held_out, wrong_held_out) = (corrupted(toy_rows[:720], 0),
+                                                 corrupted(toy_rows[720:], 1))
     path = write_rows(rows)
     code, _, err = run_train("--data", path, "--skip_saved_check")
     assert code == 0, err
-    lines = audit.last_lines(tmp_path / "out" / "audit.jsonl")
-    assert len(lines) == len(rows)
-    names = [f"{path}:{i + 1}" for i in wrong]
-    first = audit.suspects(lines.values())[:len(wrong)]
-    assert sum(line["pair"] in names for line in first) >= 0.8 * len(wrong)
-    by_gap = sorted(lines.values(), key=lambda line: -abs(line["gap"]))[:len(wrong)]
-    assert sum(line["pair"] in names for line in by_gap) < 0.3 * len(wrong)  # control
-    code, out, err = run_stage(data, "--audit", tmp_path / "out")
+    for path, rows, wrong, least in ((path, rows, wrong, 0.8),
+                                     (write_rows(held_out, "new.jsonl"), held_out, wrong_held_out,
+                                      0.7)):
+        code, out, err = run_stage(evaluation, "--data", path, "--model", tmp_path / "out",
+                                   "--suspects", len(wrong), "--out_dir", tmp_path / "eval")
+        assert code == 0 and f"{len(rows)} pairs, by tau" in out, err
+        found = [line_number(where) - 1 for where, _, _ in suspects_in(out)]
+        assert len(found) <= len(wrong) and len(wrong & set(found)) >= least * len(wrong)
+        # Control: the surest scores alone do not tell.
+        gaps = [abs(row["score_chosen"] - row["score_rejected"]) for row in rows]
+        by_gap = sorted(range(len(rows)), key=lambda i: -gaps[i])[:len(wrong)]
+        assert len(wrong & set(by_gap)) < 0.3 * len(wrong)
+        for name in ("prompt", "chosen", "rejected"):  # the texts of the first one
+            text = " ".join(rows[found[0]][name].split()[:5])
+            assert f"\n{name + ':':10s}{text}" in out.split("are those most likely")[1]
+        assert "suspects of" in (tmp_path / "eval" / "report.md").read_text()
+
+
+def test_suspects_against_plain_python(run_train, run_stage, write_rows, toy_rows, toy_tokenizer,
+                                       tmp_path):
+    code, _, err = run_train("--data", write_rows(toy_rows[:40]), "--epochs", 2, "--batch_size", 8,
+                             "--beta", 0.3, "--temperature", 2)
     assert code == 0, err
-    assert "training, 810 pairs" in out and "validation, 90 pairs" in out
-    assert out.count(f"{path}:") == 10 and first[0]["pair"] in out
-    assert " ".join(rows[int(first[0]["pair"].rsplit(":", 1)[1]) - 1]["chosen"].split()[:5]) in out
-
-
-def test_audit_lines_are_what_they_say(run_train, write_rows, toy_rows, tmp_path):
-    code, _, err = run_train("--data", write_rows(toy_rows[:40]), "--max_steps", 4,
-                             "--batch_size", 8, "--eval_every", 2, "--beta", 0.3,
-                             "--temperature", 2)
+    rows, _ = corrupted(toy_rows[40:80], 0, share=0.2)
+    path = write_rows(rows, "new.jsonl")
+    code, out, err = run_stage(evaluation, "--data", path, "--model", tmp_path / "out",
+                               "--suspects", 40, "--out_dir", tmp_path / "eval")
     assert code == 0, err
-    lines = read_lines(tmp_path / "out" / "audit.jsonl")
-    logged = read_lines(tmp_path / "out" / "metrics.jsonl")
-    for line in lines:
-        assert line["tau"] == pytest.approx(1 / (1 + math.exp(-line["gap"] / 2)), abs=1e-5)
-        assert line["p"] == pytest.approx(1 / (1 + math.exp(-line["margin"])), abs=1e-5)
-    for step in (2, 4):
-        own = [line for line in lines if line["split"] == "validation" and line["step"] == step]
-        (wanted,) = [m for m in logged if m["step"] == step and "eval/loss" in m]
-        for name, key in (("margin", "rewards/margins"), ("logp_chosen", "logps/chosen"),
-                          ("logp_rejected", "logps/rejected"), ("tau", "tau/mean")):
-            mean = sum(line[name] for line in own) / len(own)
-            assert mean == pytest.approx(wanted[f"eval/{key}"], abs=1e-4)
-    first = [line for line in lines if line["split"] == "training" and line["step"] == 1]
-    assert len(first) == 8 and all(abs(line["margin"]) < 1e-5 for line in first)
+
+    @torch.no_grad()
+    def logp(model, row, name):
+        prompt = toy_tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}],
+                                                   tokenize=False, add_generation_prompt=True)
+        start, ids = (toy_tokenizer(text, add_special_tokens=False).input_ids
+                      for text in (prompt, f"{prompt}{row[name]}<|end|>"))
+        logps = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        return sum(logps[n - 1, ids[n]].item() for n in range(len(start), len(ids)))
+
+    student, base = (load_model(folder) for folder in (tmp_path / "out", TOY_STUDENT))
+    wanted = []
+    for i, row in enumerate(rows):
+        chosen, rejected = (logp(student, row, name) - logp(base, row, name)
+                            for name in ("chosen", "rejected"))
+        tau = 1 / (1 + math.exp((row["score_rejected"] - row["score_chosen"]) / 2))
+        p = 1 / (1 + math.exp(-0.3 * (chosen - rejected)))
+        wanted.append(((tau - 0.5) * (chosen - rejected), f"{path}:{i + 1}", tau, p))
+    disagree = sorted(line for line in wanted if line[0] < 0)
+    found = suspects_in(out)
+    assert 3 < len(found) < 20 and f"disagrees on {len(found)} of 40 pairs" in out
+    assert [where for where, _, _ in found] == [where for _, where, _, _ in disagree]
+    for (_, tau, p), (_, _, wanted_tau, wanted_p) in zip(found, disagree):
+        assert (tau, p) == pytest.approx((wanted_tau, wanted_p), abs=0.006)
+    high = [(tau, p) for _, _, tau, p in wanted if tau >= 0.8]
+    block = [line.split() for line in out.split("40 pairs, by tau")[1].splitlines()[1:4]]
+    assert [float(line[-1]) for line in block] == pytest.approx(
+        [len(high), *(sum(column) / len(high) for column in zip(*high))], abs=0.006)
 
 
-def test_an_audit_without_scores_or_without_its_rows(run_train, run_stage, write_rows, tmp_path):
+def test_suspects_without_scores_and_of_no_run(run_train, run_stage, write_rows, tmp_path):
     rows = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No."}
             for i in range(30)]
     path = write_rows(rows)
     assert run_train("--data", path, "--loss", "dpo", "--max_steps", 2)[0] == 0
-    os.remove(path)
-    code, out, err = run_stage(data, "--audit", tmp_path / "out")
-    assert code == 0 and "Traceback" not in err
-    assert ("its file is not here any more" in out) == ("no scores" in out)
-
-
-@pytest.mark.parametrize("content, message", [
-    (None, "No such file"), ("{}\n", "audit.jsonl:1: no line of an audit.jsonl"),
-    ('{"step": 1}\n{"st', "audit.jsonl:1: no line"), ("", "the file is empty")])
-def test_a_folder_that_holds_no_audit(run_stage, tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "audit.jsonl").write_text(content)
-    assert_one_line(run_stage(data, "--audit", tmp_path), message)
+    swapped = write_rows([row | {"chosen": row["rejected"], "rejected": row["chosen"]}
+                          for row in rows], "swapped.jsonl")
+    flags = ("--out_dir", tmp_path / "eval", "--model", tmp_path / "out", "--suspects")
+    code, out, err = run_stage(evaluation, "--data", swapped, *flags, 3)
+    assert code == 0 and out.count(": no scores, but p 0.") == 3, err
+    assert "0.8 to 1.0" in out and "0.4 to 0.6" not in out  # tau is 1
+    assert_one_line(run_stage(evaluation, "--text", path, *flags), "--suspects needs --data")
+    assert_one_line(run_stage(evaluation, "--data", path, *flags, 0), "--suspects")
+    os.remove(tmp_path / "out" / "args.json")
+    assert_one_line(run_stage(evaluation, "--data", path, *flags), "args.json: No such file",
+                    "the out_dir of a run of train.py")
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--label", "l"], "give one of three"), (["--calibrate", "l"], "give one of three"),
-    (["rows", "--audit", "out"], "give one of three"),
-    (["--audit", "out", "--label", "l"], "need a file of rows")])
+    (["--label", "l"], "give one of three"), (["--calibrate", "l"], "give one of three")])
 def test_flags_that_do_not_go_together(run_stage, argv, message):
     assert_one_line(run_stage(data, *argv), message)

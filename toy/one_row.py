@@ -12,7 +12,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from data import load_pairs  # noqa: E402
-from eval import pair_logps  # noqa: E402
+from eval import answer_logps  # noqa: E402
 from infra.command import BadInput, Parser, at_least, run  # noqa: E402
 from infra.models import TOY_STUDENT, load_model, load_tokenizer  # noqa: E402
 from infra.report import printable_tokens  # noqa: E402
@@ -50,10 +50,10 @@ def main():
     tokens = "|".join(printable_tokens(tokenizer, pair.chosen_ids))
     show("6 tokens", f"{len(pair.prompt_ids)} of the prompt; {len(pair.rejected_ids)} of rejected; "
          f"{len(pair.chosen_ids)} of chosen: {tokens}")
-    reference = pair_logps(load_model(TOY_STUDENT), [pair])  # (1, 2): chosen, rejected
+    reference = answer_logps(load_model(TOY_STUDENT), [pair])  # (1, 2): chosen, rejected
     show("", f"log ref(rejected) = {reference[0, 1]:.2f}, log ref(chosen) = {reference[0, 0]:.2f}, "
          "summed over the tokens")
-    policy = pair_logps(load_model(args.model), [pair])  # (1, 2)
+    policy = answer_logps(load_model(args.model), [pair])  # (1, 2)
     for step, logps in (("7 before training", reference), ("  after training", policy)):
         losses, chosen_rewards, rejected_rewards = rdpo_loss(*logps.T, *reference.T, tau, BETA)
         margin = chosen_rewards - rejected_rewards  # (1,)

@@ -5,7 +5,8 @@
 1. Readings of the paper's equation 2: which function of the scores is tau?
 2. Whole, half and graded scores, with T = 1 or T calibrated on 50 labels of simulated people.
 3. Systematic failures, where distilled self-critique (dSC) beats rDPO: what helps?
-4. Audit: 5 % of the scores of toy/scored.jsonl are exchanged. Are those rows the first suspects?
+4. Suspects: 5 % of the scores of toy/scored.jsonl are exchanged. Are they the first suspects of
+   `eval.py --suspects`?
 
 Nothing is tuned here: five seeds, and the learning rates stand in the tables.
 """
@@ -29,11 +30,14 @@ sys.path.insert(0, ROOT)
 import torch  # noqa: E402
 
 import train  # noqa: E402
-from infra.audit import last_lines, suspects  # noqa: E402
+from data import load_pairs  # noqa: E402
+from eval import answer_logps, margins_of, tau_of  # noqa: E402
 from infra.command import Parser, run  # noqa: E402
 from infra.labels import fit_temperature  # noqa: E402
+from infra.models import TOY_STUDENT, load_model, load_tokenizer  # noqa: E402
 from infra.rows import atomic_write, read_rows  # noqa: E402
-from rdpo import LOSSES  # noqa: E402
+from infra.suspects import suspects  # noqa: E402
+from rdpo import LOSSES, judged_tau  # noqa: E402
 from toy import study, world  # noqa: E402
 from toy.study import RANDOM, SYSTEMATIC, Run, World, cell, column_name, table  # noqa: E402
 
@@ -104,11 +108,11 @@ def work(job, out_dir):
     return study.train_and_measure(job, out_dir)
 
 
-# ------------------------------------------------------------------------------------------- audit
+# ---------------------------------------------------------------------------------------- suspects
 
 
 def precision(seed):
-    """Share of exchanged rows among the first 5 % of the suspects of a run on toy/scored.jsonl."""
+    """Share of exchanged rows among a student's first suspects, as many as were exchanged."""
     torch.set_num_threads(1)
     train.have_matplotlib = lambda: False
     rows = [row for _, row in read_rows(os.path.join(ROOT, "toy", "scored.jsonl"))]
@@ -122,11 +126,13 @@ def precision(seed):
             contextlib.redirect_stderr(io.StringIO()):
         path = os.path.join(folder, "rows.jsonl")
         atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
-        train.main(["--data", path, "--out_dir", f"{folder}/out", "--ref_cache_dir", folder, "--seed",
-                    str(seed), "--max_new_tokens", "1", "--skip_saved_check"])
-        lines = last_lines(f"{folder}/out/audit.jsonl").values()
-    first = suspects(lines)[:count]
-    return sum(int(line["pair"].rsplit(":", 1)[1]) - 1 in wrong for line in first) / count
+        train.main(["--data", path, "--out_dir", f"{folder}/out", "--ref_cache_dir", folder,
+                    "--seed", str(seed), "--max_new_tokens", "1", "--skip_saved_check"])
+        pairs, _ = load_pairs(path, load_tokenizer(TOY_STUDENT), 1024, needs_scores=True)
+        logps, base_logps = (answer_logps(load_model(name), pairs)
+                             for name in (f"{folder}/out", TOY_STUDENT))
+    first = suspects(tau_of(pairs), margins_of(logps, base_logps))[:count]
+    return len(wrong & set(first)) / count
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -199,7 +205,7 @@ def main():
         "## Whole, half and graded scores, T guessed and calibrated (learning rate 0.0004)\n\n"
         + steps_table(runs, worlds, args.out_dir),
         "## Systematic failures: what helps\n\n" + helping,
-        "## Audit: precision at 5 %, 5 % of the scores exchanged\n\n"
+        "## Suspects: precision at 5 %, 5 % of the scores exchanged\n\n"
         f"{', '.join(f'{share:.2f}' for share in found)} (mean {statistics.fmean(found):.2f})\n"])
     atomic_write(os.path.join(ROOT, "toy", "TAU.md"), text)
     print(text)
