@@ -26,13 +26,13 @@ from jinja2 import TemplateError
 from infra.command import BadInput, Parser, at_least, one_line, run, template_kwargs
 from infra.distributed import send
 from infra.fetch import make_prompts
-from infra.formats import canonical, has_input
+from infra.formats import as_messages, canonical, has_input
 from infra.labels import calibrate, label
 from infra.models import TOY_STUDENT, load_tokenizer
 from infra.packing import pack
 from infra.report import show_report
-from infra.rows import (RowCounts, as_messages, check_judges, check_pair, families, has_tau, is_cut,
-                        judge_of, stream_rows)
+from infra.rows import (RowCounts, check_judges, check_pair, families, has_tau, is_cut, judge_of,
+                        stream_rows)
 from infra.templates import control_tokens, refuse_control_tokens, template_note
 from rdpo import score_gap
 
@@ -383,7 +383,7 @@ def main(argv=None):
     if args.label:
         return label(args.file, args.label, args.limit or 50, args.seed)
     if args.calibrate:
-        return calibrate(args.file, args.calibrate)
+        return calibrate(args.file, args.calibrate, score_gap)
     tokenizer = load_tokenizer(args.model, args.template_kwargs)
     pairs, counts = load_pairs(args.file, tokenizer, args.max_length, needs_scores=False,
                                skip_bad_rows=True)

@@ -32,8 +32,9 @@ from jinja2 import TemplateError
 from data import collate, encode_prompt, load_pairs, longest_row, micro_batches
 from infra.client import Client, add_client_flags
 from infra.command import BadInput, Parser, at_least, one_line, run
-from infra.disk import make_folder
 from infra.distributed import best_device
+from infra.files import atomic_write, make_folder
+from infra.formats import as_messages
 from infra.generate import Answer, generate
 from infra.intervals import cell, equal_length, mean, ratio
 from infra.models import TOY_STUDENT, load_model, load_tokenizer, position_limit
@@ -42,8 +43,7 @@ from infra.plots import draw_curves
 from infra.reference import fingerprint
 from infra.report import indented, side_by_side, table, warn_of_overlap
 from infra.resumable import Stage, checked_rows, run_batches, run_rows
-from infra.rows import (as_messages, atomic_write, check_prompt, question_of, read_flags,
-                        stream_rows)
+from infra.rows import check_prompt, question_of, read_flags, stream_rows
 from infra.suspects import suspects_text
 from infra.task import load_task
 from rdpo import judged_tau, logit_scaling, logits_in_chunks, sequence_logps

@@ -32,8 +32,7 @@ from infra.client import Client, add_stage_flags, chat, split_thinking
 from infra.command import Parser, at_least, printable, refuse, run
 from infra.report import show_gaps
 from infra.resumable import RowFailed, Stage, digest, run_rows
-from infra.rows import (FINISHED, as_answer, check_pair, check_prompt, log_odds, question_of,
-                        stream_rows)
+from infra.rows import (FINISHED, as_answer, check_pair, check_prompt, question_of, stream_rows)
 from infra.task import load_task
 
 NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
@@ -329,11 +328,11 @@ def report(path, adds, good):
     """Print statistics of the numbers that were added to a file. Returns how many are not null."""
     numbers, gaps, spreads = [], [], []
     unread, ties_of_verdicts = [], []  # why each reply without a verdict ended; True or False
-    for where, row in stream_rows(path):
+    for _, row in stream_rows(path):
         added = [row[key] for key in adds]
         numbers += added
         if None not in added:
-            gaps.append(log_odds(*added, where) if len(added) == 1 else added[1] - added[0])
+            gaps.append(added[0] - 0.5 if len(added) == 1 else added[1] - added[0])
         means, is_graded = set(), False
         for _, attempts in attempts_in(row):
             unread += [reply["finish"] for reply in attempts if reply["verdict"] is None]
@@ -357,7 +356,7 @@ def report(path, adds, good):
         print(f"{len(ties_of_verdicts)} rows have graded scores: {sum(ties_of_verdicts)} of them "
               "would tie by whole verdicts")
     if gaps:
-        show_gaps(gaps, "rows" if len(adds) > 1 else "rows (log-odds of tau)")
+        show_gaps(gaps, "rows" if len(adds) > 1 else "rows (tau - 1/2)")
     return known
 
 

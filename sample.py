@@ -18,12 +18,13 @@ from data import encode_prompt
 from infra.command import (BadInput, Parser, at_least, one_line, path, printable, refuse, run,
                            warn)
 import infra.distributed as ranks
+from infra.formats import is_text
 from infra.generate import generate
 from infra import models
 from infra.lora import load_adapter
 from infra.models import TOY_STUDENT, load_model, load_tokenizer, position_limit
 from infra.report import side_by_side
-from infra.rows import is_text, read_flags
+from infra.rows import read_flags
 from toy import world
 
 

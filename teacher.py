@@ -17,8 +17,9 @@ import sys
 
 from infra.client import Client, add_stage_flags, chat
 from infra.command import Parser, at_least, printable, run
+from infra.formats import as_messages
 from infra.resumable import RowFailed, Stage, digest, run_rows
-from infra.rows import as_messages, check_prompt
+from infra.rows import check_prompt
 from infra.task import load_task
 
 

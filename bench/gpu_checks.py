@@ -334,8 +334,8 @@ def run_flags(bench, name, device, *flags):
     if not os.path.exists(rows):
         with open(TOY_ROWS, encoding="utf-8") as source, open(rows, "w", encoding="utf-8") as file:
             file.writelines(source.readlines()[:16 if bench.tiny else None])
-    return ["--data", rows, "--device", device.type, "--out_dir", bench.path(name), "--ref_cache_dir",
-            bench.path(f"cache-{device.type}{name[:3]}"), "--max_steps", str(steps), "--batch_size",
+    return ["--data", rows, "--device", device.type, "--out_dir", bench.path(name),
+            "--ref_cache_dir", bench.path(f"cache-{device.type}{name[:3]}"), "--max_steps", str(steps), "--batch_size",
             "4" if bench.tiny else "16", "--eval_every", "100", "--max_new_tokens", "2",
             "--tokens_per_batch", "2048", *map(str, flags)]
 

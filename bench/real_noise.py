@@ -33,10 +33,12 @@ import train  # noqa: E402
 from data import encode_prompt  # noqa: E402
 from eval import answer_logps  # noqa: E402
 from infra.command import Parser, run  # noqa: E402
+from infra.files import atomic_write  # noqa: E402
+from infra.formats import canonical  # noqa: E402
 from infra.generate import generate  # noqa: E402
 from infra.intervals import bootstrap, mean  # noqa: E402
 from infra.models import load_model, load_tokenizer  # noqa: E402
-from infra.rows import atomic_write, canonical, read_rows  # noqa: E402
+from infra.rows import read_rows  # noqa: E402
 
 FAILURES = (0.0, 0.4)
 METHODS = ("dpo", "rdpo")

@@ -32,8 +32,9 @@ from bench.parity import (TRL_SCRIPT, read_steps, read_trl_answer, train_flags, 
                           write_rows, write_trl_job)
 from data import count_tokens, load_pairs, longest_row, prompt_text  # noqa: E402
 from infra.command import Parser, at_least, run  # noqa: E402
+from infra.formats import as_messages  # noqa: E402
 from infra.models import TOY_STUDENT, load_tokenizer  # noqa: E402
-from infra.rows import as_messages, read_rows  # noqa: E402
+from infra.rows import read_rows  # noqa: E402
 
 CACHE = os.path.expanduser("~/.cache/rdpo")
 TRL_REQUIREMENTS = ["torch==2.13.0", "transformers>=5.10,<6", "trl"]

@@ -16,12 +16,14 @@ import torch
 import transformers
 
 from infra.command import one_line
+from infra.files import atomic_write
 from infra.models import is_hub_id
 from infra.report import indented
-from infra.rows import atomic_write, stream_rows
+from infra.rows import stream_rows
 
 FLAGS = ("loss", "beta", "tau_temperature", "label_smoothing", "sft_weight", "learning_rate",
-         "warmup_ratio", "weight_decay", "max_grad_norm", "epochs", "max_steps", "batch_size", "max_length",
+         "warmup_ratio", "weight_decay", "max_grad_norm", "epochs", "max_steps", "batch_size",
+         "max_length",
          "eval_share", "seed", "template_kwargs", "lora_rank", "lora_alpha", "dtype", "save_dtype")
 
 CARD = """\
@@ -114,7 +116,8 @@ def training_lines(args, train_pairs, val_pairs):
     """What the student was trained on and how, as lines of plain text."""
     lines = []
     for path in args.data + (args.eval_data or []):
-        train, val = (sum(pair.path == path for pair in pairs) for pairs in (train_pairs, val_pairs))
+        train, val = (sum(pair.path == path for pair in pairs)
+                      for pairs in (train_pairs, val_pairs))
         lines += [f"data: {last_part(path)}, {content_of(path, args)}",
                   f"      {train} pairs to train on, {val} for validation"]
     judges = Counter((pair.judge, pair.scale) for pair in train_pairs + val_pairs

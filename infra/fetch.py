@@ -18,7 +18,8 @@ import requests
 from requests.adapters import HTTPAdapter, Retry
 
 from infra.command import BadInput, refuse
-from infra.rows import atomic_write, decode, parse_rows, read_text
+from infra.files import atomic_write
+from infra.rows import decode, parse_rows, read_text
 from infra.task import load_task
 
 

@@ -15,30 +15,29 @@ import textwrap
 
 import numpy as np
 
-from infra.command import printable, refuse, warn
-from infra.lock import only_writer
+from infra.command import BadInput, printable, warn
+from infra.files import atomic_write, only_writer
+from infra.formats import as_messages, canonical
 from infra.report import table
-from infra.rows import (as_messages, atomic_write, canonical, check_pair, is_cut, judge_of,
-                        question_of, score_gap, stream_rows)
+from infra.rows import check_pair, is_cut, judge_of, question_of, stream_rows
 
 SHARE = {"chosen": 1.0, "tie": 0.5, "rejected": 0.0}  # what a label says about chosen
 
 
 def pairs_of(path):
-    """Yield ("file:line", key, row, gap of its scores or None) for the usable rows of a file."""
+    """Yield ("file:line", key, row, its scores, its own tau) for the usable rows of a file."""
     for where, row in stream_rows(path):
         row = canonical(row)
-        prompt, chosen, rejected, *scores = check_pair(row, where, needs_scores=False)
-        gap = None if None in scores else score_gap(*scores, judge_of(row, where)[2])
-        yield where, json.dumps([as_messages(prompt), chosen, rejected]), row, gap
+        prompt, chosen, rejected, scores, tau = check_pair(row, where, needs_scores=False)
+        yield where, json.dumps([as_messages(prompt), chosen, rejected]), row, scores, tau
 
 
 def read_labels(path):
     """[(key, label row)] of a file of labels. BadInput for a line that is none."""
     labels = []
-    for where, key, row, _ in pairs_of(path):
-        refuse(where, (row.get("preferred") not in SHARE,
-                       '`preferred` must be "chosen", "rejected" or "tie"'))
+    for where, key, row, *_ in pairs_of(path):
+        if row.get("preferred") not in SHARE:
+            raise BadInput(f'{where}: `preferred` must be "chosen", "rejected" or "tie"')
         labels.append((key, row))
     return labels
 
@@ -54,10 +53,10 @@ def label(path, out, count, seed):
     with only_writer(out):
         labels = read_labels(out) if os.path.exists(out) else []
         known = {key for key, _ in labels}
-        waiting = [(key, row) for _, key, row, _ in pairs_of(path)
+        waiting = [(key, row) for _, key, row, *_ in pairs_of(path)
                    if key not in known and not is_cut(row)]
         random.Random(seed).shuffle(waiting)
-        print("Which answer is better? 1 or 2; 0: neither; s: skip; q: stop, and go on another day")
+        print("Which answer is better? 1 or 2; 0: neither; s: skip; q: stop and continue later")
         for key, row in waiting:
             if len(labels) >= count:
                 break
@@ -73,7 +72,7 @@ def label(path, out, count, seed):
                                | {"preferred": preferred}))
                 atomic_write(out, "".join(json.dumps(row) + "\n" for _, row in labels))
     print(f"\n{len(labels)} labels in {out}"
-          + ("" if len(labels) >= count else "; the same command goes on"))
+          + ("" if len(labels) >= count else "; the same command continues"))
 
 
 def show(title, question, first, second):
@@ -144,14 +143,23 @@ def kappa(ours, theirs):
     return math.nan if chance == 1 else (agreement - chance) / (1 - chance)
 
 
-def calibrate(path, labels_path):
-    """Print how judge and person agree, and the T to train with. Returns it and its interval."""
-    gap_of = {key: gap for _, key, _, gap in pairs_of(path) if gap is not None}
+def calibrate(path, labels_path, score_gap):
+    """Print how judge and person agree, and the T to train with. Returns it and its interval.
+
+    score_gap is rdpo.score_gap. For a row with its own tau, the gap is its log-odds.
+    """
+    gap_of = {}
+    for where, key, row, scores, tau in pairs_of(path):
+        if not math.isnan(tau):
+            bounded = min(max(tau, 1e-6), 1 - 1e-6)
+            gap_of[key] = math.log(bounded / (1 - bounded))
+        elif None not in scores:
+            gap_of[key] = score_gap(*scores, judge_of(row, where)[2])
     labels = read_labels(labels_path)
     known = [(gap_of[key], row["preferred"]) for key, row in labels if key in gap_of]
-    refuse(labels_path, (
-        not any(gap for gap, _ in known),
-        f"none of its {len(labels)} labels is of a pair of {path} whose scores differ"))
+    if not any(gap for gap, _ in known):
+        raise BadInput(f"{labels_path}: none of its {len(labels)} labels is of a pair of {path} "
+                       "whose scores differ")
     gaps, said = np.array([gap for gap, _ in known]), [preferred for _, preferred in known]
     shares = np.array([SHARE[preferred] for preferred in said])  # (N,)
     scored = [{1: "chosen", 0: "tie", -1: "rejected"}[np.sign(gap)] for gap in gaps]
@@ -176,5 +184,5 @@ def calibrate(path, labels_path):
     if math.isinf(best):
         warn("the scores say nothing about what the person prefers: read the judge's replies")
     else:
-        print(f"train.py --temperature {best:.2g}")
+        print(f"train.py --tau_temperature {best:.2g}")
     return best, low, high

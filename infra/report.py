@@ -12,7 +12,8 @@ import textwrap
 from collections import Counter
 
 from infra.command import one_line, printable, warn
-from infra.rows import as_messages, canonical, few, read_object, stream_rows
+from infra.formats import as_messages, canonical
+from infra.rows import few, read_object, stream_rows
 
 
 def histogram(values, width=40):

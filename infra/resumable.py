@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from infra.command import refuse
-from infra.lock import only_writer
-from infra.rows import canonical, stream_rows
+from infra.files import only_writer
+from infra.formats import canonical
+from infra.rows import stream_rows
 
 # Counts of the client that the summary names only if there were any.
 RARE = {"unfinished": "replies ended for another reason", "thinking": "replies with thinking",

@@ -1,4 +1,4 @@
-"""Rows of JSON: reading files, the names that others use for our keys, and what is refused.
+"""Rows of JSON: reading files, and what is refused.
 
 Stages 1 and 2 run on machines without a GPU stack, so nothing here imports torch.
 """
@@ -7,23 +7,12 @@ import itertools
 import json
 import math
 import os
-import re
 import sys
 import zlib
 from dataclasses import dataclass, field
 
-from infra.command import BadInput, first_line, refuse, warn
-
-# Our name -> what others call it: the files of the method's author, and common hub datasets.
-ALIASES = {
-    "prompt": ("instruction",),
-    "chosen": ("response_revised", "summary_after", "chosen_response"),
-    "rejected": ("response", "response_persona", "summary_pre", "rejected_response"),
-    "score_chosen": ("score_response_revised", "score_revised", "scores_after",
-                     "chosen_score", "chosen_rating", "chosen-rating"),
-    "score_rejected": ("score_response", "score_persona", "scores_pre",
-                       "rejected_score", "rejected_rating", "rejected-rating"),
-}
+from infra.command import BadInput, first_line, warn
+from infra.formats import TURN, as_messages, is_chat, is_text
 
 LARGEST_SCORE = 1e38  # the gap of two scores must be finite in float32
 
@@ -58,7 +47,8 @@ def read_object(path, wanted):
         raise BadInput(f"{path}: {error.strerror}; give {wanted}") from error
     except (RecursionError, ValueError) as error:
         raise BadInput(f"{path}: damaged ({first_line(error)}); give {wanted}") from error
-    refuse(path, (not isinstance(value, dict), f"not a JSON object; give {wanted}"))
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: not a JSON object; give {wanted}")
     return value
 
 
@@ -66,8 +56,8 @@ def read_flags(out_dir, wanted="the out_dir of a run of train.py"):
     """The flags of a run of train.py. BadInput if out_dir is none; `wanted` as in read_text."""
     path = os.path.join(out_dir, "args.json")
     flags = read_object(path, wanted)
-    refuse(path, (not {"beta", "data", "model"} <= flags.keys(),
-                  f"not the flags of train.py; give {wanted}"))
+    if not {"beta", "data", "model"} <= flags.keys():
+        raise BadInput(f"{path}: not the flags of train.py; give {wanted}")
     return flags
 
 
@@ -78,21 +68,6 @@ def decode(content, path, line=1):
     except UnicodeDecodeError as error:
         line += content.count(b"\n", 0, error.start)
         raise BadInput(f"{path}:{line}: not UTF-8; save the file as UTF-8") from error
-
-
-def atomic_write(path, text):
-    """Write a text file whole or not at all. BadInput if that is impossible."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}; give a file in a folder that exists and can be "
-                       "written to") from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
 
 
 # -------------------------------------------------------------------------------------- JSON rows
@@ -119,13 +94,15 @@ def stream_rows(path, on_bad=None):
 def read_lines(file, path):
     """Yield the lines of a binary file, unpacked if it is gzip by its first bytes."""
     first_bytes = file.peek(4)  # a pipe cannot be read twice
-    refuse(path, (first_bytes.startswith(b"PAR1"), PARQUET.format(path)))
+    if first_bytes.startswith(b"PAR1"):
+        raise BadInput(f"{path}: {PARQUET.format(path)}")
     file = gzip.open(file) if first_bytes.startswith(b"\x1f\x8b") else file
     number = 1
     try:
         while line := file.readline(LONGEST_LINE + 1):
-            refuse(f"{path}:{number}", (len(line) > LONGEST_LINE, "a line of more than "
-                                        f"{LONGEST_LINE:,} bytes; give one JSON object per line"))
+            if len(line) > LONGEST_LINE:
+                raise BadInput(f"{path}:{number}: a line of more than {LONGEST_LINE:,} bytes; give "
+                               "one JSON object per line")
             yield line
             number += 1
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -137,7 +114,8 @@ def parse_rows(lines, path, on_bad=None):
     """Yield the rows of an iterable of lines, as stream_rows; messages call it `path`."""
     numbered = enumerate(lines, 1)
     start, first = next((pair for pair in numbered if pair[1].removeprefix(BOM).strip()), (0, b""))
-    refuse(path, (not first, "the file is empty; give one JSON object per line"))
+    if not first:
+        raise BadInput(f"{path}: the file is empty; give one JSON object per line")
     is_list = first.removeprefix(BOM).lstrip().startswith(b"[")
     if is_list:
         content = first + b"".join(line for _, line in numbered)
@@ -175,8 +153,9 @@ def parse_json(content, path, line):
 
 def check_object(row, where):
     """BadInput if a row is no JSON object, or cannot be written again as UTF-8."""
-    refuse(where, (not isinstance(row, dict),
-                   f"a row must be a JSON object, not a {type(row).__name__}; see data.py"))
+    if not isinstance(row, dict):
+        raise BadInput(f"{where}: a row must be a JSON object, not a {type(row).__name__}; see "
+                       "data.py")
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -225,56 +204,6 @@ def few(names):
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def canonical(row):
-    """The row with our keys added where it uses others, and chats split before the answer."""
-    row = dict(row)
-    if has_input(row):
-        row["prompt"] = f"{row['instruction']}\n\n{row['input']}"
-    for name, others in ALIASES.items():
-        for other in others:
-            if name not in row and other in row:
-                row[name] = row[other]
-    if isinstance(row.get("metadata"), dict):
-        for name in ("score_chosen", "score_rejected"):
-            if name not in row and name in row["metadata"]:
-                row[name] = row["metadata"][name]
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if "prompt" not in row and is_transcript(chosen) and is_transcript(rejected):
-        (before, chosen), (other, rejected) = map(split_transcript, (chosen, rejected))
-        if before == other:
-            row |= {"prompt": before, "chosen": chosen, "rejected": rejected}
-    # Many hub datasets repeat the prompt inside both answers: [user, assistant].
-    elif is_chat(chosen) and is_chat(rejected) and chosen[:-1] == rejected[:-1] != []:
-        before = chosen[:-1]
-        if as_messages(row.get("prompt"))[-len(before):] != before:
-            row["prompt"] = before  # `prompt` is missing, or only a part
-        row["chosen"], row["rejected"] = chosen[-1:], rejected[-1:]
-    return row
-
-
-def has_input(row):
-    """Whether the prompt of a row is Alpaca's `instruction` and the text of `input`."""
-    return "prompt" not in row and is_text(row.get("instruction")) and is_text(row.get("input"))
-
-
-TURN = re.compile(r"(?:^\s*|\n\n)(Human|Assistant):")
-
-
-def is_transcript(value):
-    """Whether a value is text in the form of hh-rlhf: "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
-    turns = TURN.findall(value) if isinstance(value, str) else []
-    return turns[:1] == ["Human"] and turns[-1] == "Assistant"
-
-
-def split_transcript(text):
-    """(chat messages, the last turn) of a transcript."""
-    _, *parts = TURN.split(text)  # a name, its text, the next name, ...
-    roles = ({"Human": "user", "Assistant": "assistant"}[name] for name in parts[::2])
-    *before, last = ({"role": role, "content": content.strip()}
-                     for role, content in zip(roles, parts[1::2]))
-    return before, last["content"]
-
-
 def families(items):
     """A label for each item, a list of names. Items that share a name have the same label."""
     parent = {}  # name -> a name of the same family; a root is its own parent
@@ -290,22 +219,6 @@ def families(items):
     return [root(first) for first, *_ in items]
 
 
-def is_text(value):
-    return isinstance(value, str) and bool(value.strip())
-
-
-def is_chat(value):
-    """Whether a value is a non-empty list of {"role", "content"} messages, all with text."""
-    return isinstance(value, list) and len(value) > 0 and all(
-        isinstance(message, dict) and message.get("role") in ("system", "user", "assistant")
-        and is_text(message.get("content")) for message in value)
-
-
-def as_messages(prompt):
-    """A prompt, text or message list, as a new list of messages."""
-    return list(prompt) if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-
-
 # --------------------------------------------------------------------------------- what is refused
 
 
@@ -313,94 +226,78 @@ def check_input(row, where):
     """BadInput if the prompt of a canonical row is an `instruction` without its `input`."""
     instruction, given = row.get("instruction"), row.get("input")
     both_text = isinstance(instruction, str) and isinstance(given, str)
-    refuse(where, (
-        instruction is not None and instruction == row.get("prompt")
-        and given not in (None, "") and not both_text,
-        "`instruction` and `input` cannot be joined; give both as text, or a `prompt`"))
+    if (instruction is not None and instruction == row.get("prompt")
+            and given not in (None, "") and not both_text):
+        raise BadInput(f"{where}: `instruction` and `input` cannot be joined; give both as text, "
+                       "or a `prompt`")
 
 
 def check_prompt(row, where):
     """BadInput unless a row has a prompt that can be sent and, if any, a question of text."""
     check_input(row, where)
     prompt = row.get("prompt")
-    is_conversation = is_chat(prompt) and prompt[-1]["role"] == "user"
-    refuse(
-        where,
-        (not is_text(prompt) and not is_conversation,
-         "no `prompt` that can be sent; it must be text, or chat messages ending with the user's"),
-        (not is_text(row.get("question", "text")),
-         "`question` must be text; leave it out to show the judge the prompt"))
+    if not is_text(prompt) and not (is_chat(prompt) and prompt[-1]["role"] == "user"):
+        raise BadInput(f"{where}: no `prompt` that can be sent; it must be text, or chat messages "
+                       "ending with the user's")
+    if not is_text(row.get("question", "text")):
+        raise BadInput(f"{where}: `question` must be text; leave it out to show the judge the "
+                       "prompt")
 
 
 def check_pair(row, where, needs_scores):
-    """A canonical row's (prompt, chosen, rejected, score_chosen, score_rejected), or BadInput.
+    """A canonical row's (prompt, chosen, rejected, [score_chosen, score_rejected], tau).
 
-    prompt is text or a list of messages, the answers are texts, a score is a float. A score is
-    None if the row says null (asked for, but not given), or has none and needs_scores is false.
+    prompt is text or a list of messages, the answers are texts. A score is a float, None if the
+    row says null (asked for, but not given) or has none. tau is the row's own, from 0 to 1, or
+    nan. BadInput if one of them is of another kind, or needs_scores and the row has neither.
     """
     check_input(row, where)
-    turn = isinstance(row.get("chosen"), str) and TURN.match(row["chosen"])
-    refuse(where, ("prompt" not in row and turn, "transcripts (Human: ... Assistant: ...) must be "
-                   "equal up to the last Assistant turn and end with it; cut them so"))
+    if "prompt" not in row and isinstance(row.get("chosen"), str) and TURN.match(row["chosen"]):
+        raise BadInput(f"{where}: transcripts (Human: ... Assistant: ...) must be equal up to the "
+                       "last Assistant turn and end with it; cut them so")
     for name in ("prompt", "chosen", "rejected"):
         value = row.get(name)
-        refuse(
-            where,
-            (name not in row,
-             f"no `{name}`; a row needs prompt, chosen (the better answer) and rejected"),
-            (not isinstance(value, (str, list)),
-             f"`{name}` is a {type(value).__name__}; it must be text or a list of chat messages"),
-            (value == [] or isinstance(value, str) and not is_text(value),
-             f"`{name}` is empty; take the row out, or run with --skip_bad_rows"),
-            (isinstance(value, list) and not is_chat(value),
-             f'`{name}` must hold messages like {{"role": "user", "content": "text"}}'))
+        if name not in row:
+            raise BadInput(f"{where}: no `{name}`; a row needs prompt, chosen (the better answer) "
+                           "and rejected")
+        if not isinstance(value, (str, list)):
+            raise BadInput(f"{where}: `{name}` is a {type(value).__name__}; it must be text or a "
+                           "list of chat messages")
+        if value == [] or isinstance(value, str) and not is_text(value):
+            raise BadInput(f"{where}: `{name}` is empty; take the row out, or run with "
+                           "--skip_bad_rows")
+        if isinstance(value, list) and not is_chat(value):
+            raise BadInput(f'{where}: `{name}` must hold messages like {{"role": "user", '
+                           '"content": "text"}')
     prompt, answers = row["prompt"], [as_answer(row[name]) for name in ("chosen", "rejected")]
-    refuse(
-        where,
-        (isinstance(prompt, list) and prompt[-1]["role"] != "user",
-         "the last message of `prompt` must be the user's"),
-        (None in answers, "`chosen` and `rejected` must each be text or one assistant message, "
-                          "after the same messages"))
-    tau = math.nan
-    if has_tau(row):
-        tau = row["tau"]
-        is_number = isinstance(tau, (int, float)) and not isinstance(tau, bool)
-        refuse(where, (tau is not None and not (is_number and 0 <= tau <= 1),
-                       f"`tau` is {json.dumps(tau)[:40]}; it must be from 0 to 1, or null"))
-        tau = math.nan if tau is None else float(tau)
-        needs_scores = False
-    scores = [row.get(name) for name in ("score_chosen", "score_rejected")]
-    for name, score in zip(("score_chosen", "score_rejected"), scores):
-        is_number = isinstance(score, (int, float)) and not isinstance(score, bool)
-        refuse(
-            where,
-            (needs_scores and name not in row,
-             f"no `{name}`; this loss needs both scores: run reward.py, or use --loss dpo or sft"),
-            (score is not None and not (is_number and abs(score) <= LARGEST_SCORE),
-             f"`{name}` is {json.dumps(score)[:40]}; a score must be a finite number, or null"))
-    return prompt, *answers, [None if score is None else float(score) for score in scores], tau
+    if isinstance(prompt, list) and prompt[-1]["role"] != "user":
+        raise BadInput(f"{where}: the last message of `prompt` must be the user's")
+    if None in answers:
+        raise BadInput(f"{where}: `chosen` and `rejected` must each be text or one assistant "
+                       "message, after the same messages")
+    scores = []
+    for name in ("score_chosen", "score_rejected"):
+        score = row.get(name)
+        if needs_scores and name not in row and not has_tau(row):
+            raise BadInput(f"{where}: no `{name}`; this loss needs both scores: run reward.py, or "
+                           "use --loss dpo or sft")
+        if score is not None and not (is_number(score) and abs(score) <= LARGEST_SCORE):
+            raise BadInput(f"{where}: `{name}` is {json.dumps(score)[:40]}; a score must be a "
+                           "finite number, or null")
+        scores.append(None if score is None else float(score))
+    tau = row["tau"] if has_tau(row) else None
+    if tau is not None and not (is_number(tau) and 0 <= tau <= 1):
+        raise BadInput(f"{where}: `tau` is {json.dumps(tau)[:40]}; it must be from 0 to 1, or null")
+    return prompt, *answers, scores, math.nan if tau is None else float(tau)
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def has_tau(row):
     """Whether a row has `tau`, its target itself, in place of two scores."""
     return "tau" in row and not {"score_chosen", "score_rejected"} & row.keys()
-
-
-def log_odds(tau, where):
-    """The gap of scores whose tau at T = 1 is this; None for null. BadInput unless from 0 to 1."""
-    is_number = isinstance(tau, (int, float)) and not isinstance(tau, bool)
-    refuse(where, (tau is not None and not (is_number and 0 <= tau <= 1),
-                   f"`tau` is {json.dumps(tau)[:40]}; it must be from 0 to 1, or null"))
-    tau = tau if tau is None else min(max(tau, 1e-6), 1 - 1e-6)
-    return None if tau is None else math.log(tau / (1 - tau))
-
-
-def score_gap(score_chosen, score_rejected, scale):
-    """Chosen minus rejected. A known scale, its width, is widened to 5 points, as most judges have.
-
-    So one temperature fits several judges.
-    """
-    return (score_chosen - score_rejected) * 5 / (scale or 5)
 
 
 def judge_of(row, where):
@@ -411,10 +308,25 @@ def judge_of(row, where):
     scale = judge.get("scale")
     is_scale = isinstance(scale, list) and len(scale) == 2 and all(
         type(end) in (int, float) and abs(end) <= LARGEST_SCORE for end in scale)
-    refuse(where, (scale is not None and not (is_scale and scale[0] < scale[1]),
-                   f"`judge.scale` is {json.dumps(scale)[:40]}; it must be [lowest, highest] "
-                   "score, or be left out"))
+    if scale is not None and not (is_scale and scale[0] < scale[1]):
+        raise BadInput(f"{where}: `judge.scale` is {json.dumps(scale)[:40]}; it must be [lowest, "
+                       "highest] score, or be left out")
     return str(behaviour), " ".join(named), scale and float(scale[1] - scale[0])
+
+
+def check_judges(pairs):
+    """BadInput if several judges scored the pairs and one of them has no scale.
+
+    A gap of 1 then means different things, which no temperature makes up for.
+    """
+    of_judge = {(pair.judge, pair.scale): pair for pair in reversed(pairs)
+                if not math.isnan(pair.lean)}  # the first pair of each
+    for (judge, scale), pair in of_judge.items():
+        if scale is None and len(of_judge) > 1:
+            raise BadInput(
+                f"{pair.where}: scored by {judge or 'an unnamed judge'} on an unknown scale, and "
+                'other rows are scored otherwise; add "judge": {"scale": [lowest, highest]} to its '
+                "rows, or train on one judge's rows at a time")
 
 
 def question_of(row):
@@ -439,18 +351,3 @@ def is_cut(row):
     finish = teacher.get("finish") if isinstance(teacher, dict) else None
     return isinstance(finish, list) and any(
         reason not in FINISHED for reason in finish[:1] + finish[-1:])
-
-
-def check_judges(pairs):
-    """BadInput if several judges scored the pairs and one of them has no scale.
-
-    A gap of 1 then means different things, which no temperature makes up for.
-    """
-    of_judge = {(pair.judge, pair.scale): pair for pair in reversed(pairs)
-                if not math.isnan(pair.lean)}  # the first pair of each
-    for (judge, scale), pair in of_judge.items():
-        if scale is None and len(of_judge) > 1:
-            raise BadInput(
-                f"{pair.where}: scored by {judge or 'an unnamed judge'} on an unknown scale, and "
-                'other rows are scored otherwise; add "judge": {"scale": [lowest, highest]} to its '
-                "rows, or train on one judge's rows at a time")

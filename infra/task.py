@@ -10,7 +10,8 @@ import tomllib
 from dataclasses import MISSING, dataclass, field
 
 from infra.command import BadInput, refuse
-from infra.rows import is_text, read_text
+from infra.formats import is_text
+from infra.rows import read_text
 
 
 @dataclass(kw_only=True)

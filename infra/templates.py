@@ -3,7 +3,7 @@ import functools
 import os
 
 from infra.command import BadInput
-from infra.rows import as_messages
+from infra.formats import as_messages
 
 
 def template_note(tokenizer, prompt, before):

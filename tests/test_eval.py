@@ -516,13 +516,13 @@ def test_scored_pairs_give_the_numbers_of_train(run_stage, student, base, toy_ro
                                "--out_dir", tmp_path / "pairs")
     assert code == 0, err
     row = cells(out, "pairs of", student)
-    args = types.SimpleNamespace(beta=0.1, loss="rdpo", temperature=1.0, tokens_per_batch=2048,
+    args = types.SimpleNamespace(beta=0.1, loss="rdpo", tau_temperature=1.0, tokens_per_batch=2048,
                                  sft_weight=0.0, device="cpu", dtype="float32")
     pairs, _ = load_pairs(path, toy_tokenizer, 1024, needs_scores=True)
     reference = evaluation.answer_logps(base, pairs)
-    gaps = torch.tensor([pair.score_chosen - pair.score_rejected for pair in pairs])
-    dataset = train.Dataset(pairs, False, torch.stack([*reference.T, torch.sigmoid(gaps), gaps]))
-    metrics, _ = train.evaluate(load_model(student), dataset, args)
+    gaps = torch.tensor([pair.score_gap for pair in pairs])
+    dataset = train.Dataset(pairs, False, *reference.T, torch.sigmoid(gaps), gaps)
+    metrics = train.evaluate(load_model(student), dataset, args)[0]
     for name, value in (("chosen first %", 100 * metrics["eval/rewards/accuracies"]),
                         ("agrees with scores %", 100 * metrics["eval/rewards/score_agreement"]),
                         ("log-ratio margin, nats", metrics["eval/rewards/margins"] / 0.1),

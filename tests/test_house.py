@@ -41,7 +41,7 @@ def long_lines(root):
 
 def test_imports_have_no_circle_and_infra_stands_alone():
     graph = imports(Path(ROOT))
-    assert {"infra.checkpoint", "infra.reference", "data", "rdpo"} <= graph["train"]  # it reads them
+    assert {"infra.checkpoint", "infra.reference", "data", "rdpo"} <= graph["train"]  # it is read
     graphlib.TopologicalSorter(graph).prepare()
     assert upward(graph) == set()
 

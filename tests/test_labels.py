@@ -126,7 +126,7 @@ def test_the_fit_is_the_minimum_of_the_loss_that_rdpo_trains_with():
     best, low, high = labels.fit_temperature(gaps, shares)
 
     def loss(temperature):  # labels as the policy's side of rDPO's loss, tau from the scores
-        tau = rdpo.preference_probability(torch.tensor(gaps), torch.tensor(0.0), temperature)
+        tau = rdpo.preference_probability(torch.tensor(gaps), temperature)
         return -(torch.tensor(shares) * tau.log() + torch.tensor(1 - shares) * (1 - tau).log()
                  ).mean().item()
 
@@ -165,7 +165,7 @@ def test_the_calibration_command(run_stage, run_train, write_rows, toy_rows):
     code, out, err = run_stage(data, path, "--calibrate", write_rows(said[:150], "labels.jsonl"))
     assert code == 0, err
     low, high = map(float, out.split("95 % interval ")[1].split(";")[0].split(" to "))
-    temperature = float(out.split("--temperature ")[1])
+    temperature = float(out.split("--tau_temperature ")[1])
     assert low <= 2 <= high and low < temperature < high
     assert "150 of 150 labels are of scored pairs" in out and "Cohen's kappa 0." in out
     counts = next(line for line in out.splitlines() if line.startswith("  pairs")).split()[1:]
@@ -240,7 +240,7 @@ def test_corrupted_scores_are_the_first_suspects(run_train, run_stage, write_row
 def test_suspects_against_plain_python(run_train, run_stage, write_rows, toy_rows, toy_tokenizer,
                                        tmp_path):
     code, _, err = run_train("--data", write_rows(toy_rows[:40]), "--epochs", 2, "--batch_size", 8,
-                             "--beta", 0.3, "--temperature", 2)
+                             "--beta", 0.3, "--tau_temperature", 2)
     assert code == 0, err
     rows, _ = corrupted(toy_rows[40:80], 0, share=0.2)
     path = write_rows(rows, "new.jsonl")

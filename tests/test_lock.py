@@ -12,7 +12,7 @@ from conftest import ROOT, assert_one_line, read_lines
 import eval as evaluation
 import teacher
 from infra.command import BadInput
-from infra.lock import only_writer
+from infra.files import only_writer
 from toy import world
 
 PROMPTS = world.make_prompts("train", 12, seed=5)
@@ -65,7 +65,7 @@ def test_the_lock_of_a_killed_run_is_free(toy_server, write_rows, tmp_path, run_
 def test_a_lock_that_its_holder_removed_in_between_is_not_taken(tmp_path, monkeypatch):
     """Another process may open the file, which its holder then removes, before it locks it."""
     path = str(tmp_path / "out")
-    lock = "infra.lock.fcntl.flock"
+    lock = "infra.files.fcntl.flock"
     monkeypatch.setattr(lock, lambda *_: os.remove(path + ".lock"))
     with pytest.raises(BadInput, match="writes to it"), only_writer(path):
         pass

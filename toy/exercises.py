@@ -44,7 +44,8 @@ def train_changed(changes, flags):
         with open(path, "w", encoding="utf-8") as file:
             file.write(text)
         # A cache of its own: a change may alter what a cached log-probability means.
-        command = [sys.executable, "train.py", "--data", "toy/scored.jsonl", "--ref_cache_dir", "cache"]
+        command = [sys.executable, "train.py", "--data", "toy/scored.jsonl",
+                   "--ref_cache_dir", "cache"]
         return subprocess.run(command + flags, cwd=copy, check=True, stdout=subprocess.PIPE,
                               text=True).stdout
 

@@ -44,8 +44,8 @@ def main():
     show("3 critique", row["critique"])
     show("4 chosen", row["chosen"])
     tau = preference_probability(torch.tensor([pair.score_gap]), TEMPERATURE)  # (1,)
-    show("5 scores", f"rejected {row['score_rejected']:g}, chosen {row['score_chosen']:g}: a gap of "
-         f"{pair.score_gap:g} of 5 points, so tau = sigmoid({pair.score_gap:g} / "
+    show("5 scores", f"rejected {row['score_rejected']:g}, chosen {row['score_chosen']:g}: a gap "
+         f"of {pair.score_gap:g} of 5 points, so tau = sigmoid({pair.score_gap:g} / "
          f"{TEMPERATURE:g}) = {tau.item():.3f}")
     tokens = "|".join(printable_tokens(tokenizer, pair.chosen_ids))
     show("6 tokens", f"{len(pair.prompt_ids)} of the prompt; {len(pair.rejected_ids)} of rejected; "

@@ -51,9 +51,9 @@ import train  # noqa: E402
 from data import encode_prompt  # noqa: E402
 from eval import answer_logps, generate_turns  # noqa: E402
 from infra.command import Parser, run  # noqa: E402
+from infra.files import atomic_write  # noqa: E402
 from infra.generate import generate  # noqa: E402
 from infra.models import TOY_STUDENT, load_model, load_tokenizer  # noqa: E402
-from infra.rows import atomic_write  # noqa: E402
 from infra.task import load_task  # noqa: E402
 from toy import world  # noqa: E402
 

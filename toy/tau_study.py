@@ -33,9 +33,10 @@ import train  # noqa: E402
 from data import load_pairs  # noqa: E402
 from eval import answer_logps, margins_of, tau_of  # noqa: E402
 from infra.command import Parser, run  # noqa: E402
+from infra.files import atomic_write  # noqa: E402
 from infra.labels import fit_temperature  # noqa: E402
 from infra.models import TOY_STUDENT, load_model, load_tokenizer  # noqa: E402
-from infra.rows import atomic_write, read_rows  # noqa: E402
+from infra.rows import read_rows  # noqa: E402
 from infra.suspects import suspects  # noqa: E402
 from rdpo import LOSSES, judged_tau  # noqa: E402
 from toy import study, world  # noqa: E402
