@@ -3,10 +3,20 @@ import textwrap
 
 import numpy as np
 
+from infra.command import BadInput
 from infra.report import by_fifths, side_by_side, table
 from infra.rows import read_flags
 
 SHOWN = 500  # characters of an answer
+
+
+def training_flags(folder):
+    """(beta, T) that a student was trained with. BadInput if the folder holds no run."""
+    flags = read_flags(folder)
+    if "temperature" not in flags:  # MERGE: "tau_temperature", here and in the next two lines
+        raise BadInput(f"{folder}/args.json: no `tau_temperature`; train again: an older train.py "
+                       "wrote it")
+    return flags["beta"], flags["temperature"]
 
 
 def tau_of(pairs, temperature=1.0):
@@ -32,12 +42,10 @@ def suspects(tau, margins):
 def suspects_text(folder, pairs, margins, tokenizer, shown):
     """Text: a student's p for each fifth of tau, then its first suspects with their answers.
 
-    margins (P,) are the student's log-ratio margins; beta and T are those of its training.
-    BadInput if the folder holds no run of train.py.
+    margins (P,) are the student's log-ratio margins.
     """
-    flags = read_flags(folder)
-    p = sigmoid(flags["beta"] * margins)  # (P,)
-    tau = tau_of(pairs, flags["temperature"])  # (P,)  MERGE: tau_temperature
+    beta, temperature = training_flags(folder)
+    p, tau = sigmoid(beta * margins), tau_of(pairs, temperature)  # (P,) each
     unscored = np.isnan(tau)
     tau[unscored] = 1.0  # as DPO takes them
     found = suspects(tau, margins)
