@@ -1,4 +1,8 @@
-"""Pairs that a student orders otherwise than the judge: their scores are most likely wrong."""
+"""Pairs that a student orders otherwise than the judge: their scores are most likely wrong.
+
+They may be training pairs. From those the student has learnt, wrong scores included, so after
+several epochs it agrees with more of them: the sign is weaker than on held-out pairs.
+"""
 import textwrap
 
 import numpy as np
