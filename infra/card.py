@@ -20,6 +20,7 @@ from infra.models import is_hub_id
 from infra.report import indented
 from infra.rows import atomic_write, stream_rows
 
+# MERGE: tau_temperature, warmup_ratio.
 FLAGS = ("loss", "beta", "temperature", "label_smoothing", "sft_weight", "learning_rate", "warmup",
          "weight_decay", "max_grad_norm", "epochs", "max_steps", "batch_size", "max_length",
          "eval_share", "seed", "template_kwargs", "lora_rank", "lora_alpha", "dtype", "save_dtype")
