@@ -363,8 +363,8 @@ def get_args(argv):
     flag("--prompts", help="held-out rows with a prompt")
     flag("--data", help="held-out rows with chosen, rejected and, optionally, scores")
     flag("--suspects", type=at_least(1), nargs="?", const=10, metavar="N",
-         help="show the N pairs of --data (default: 10) whose scores are most likely wrong; on rows "
-              "of the training it misses more of them with every epoch")
+         help="show the N pairs of --data (default: 10) whose scores are most likely wrong; among "
+              "training rows, it finds fewer of them after several epochs")
     flag("--text", help="ordinary text, UTF-8, paragraphs between empty lines")
     flag("--max_length", type=at_least(2), default=1024,
          help="of --data: prompt + one answer; of --text: tokens read at a time")
