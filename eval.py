@@ -43,12 +43,11 @@ from infra.plots import draw_curves
 from infra.reference import fingerprint
 from infra.report import indented, side_by_side, table, warn_of_overlap
 from infra.resumable import Stage, checked_rows, run_batches, run_rows
-from infra.rows import check_prompt, question_of, read_flags, stream_rows
-from infra.suspects import suspects_text
+from infra.rows import check_prompt, question_of, stream_rows
+from infra.suspects import suspects_text, training_flags
 from infra.task import load_task
 from rdpo import judged_tau, logit_scaling, logits_in_chunks, sequence_logps
-from reward import (ENDPOINTS, add_judge_flags, check_pairwise, compare, provenance,
-                    score_answer)
+from reward import ENDPOINTS, add_judge_flags, check_pairwise, compare, provenance, score_answer
 
 # ---------------------------------------------------------------------------------------- answers
 
@@ -245,9 +244,9 @@ def judge_rows(args, task, rows, name, key):
     stage = Stage(adds=(key, "judge"), provenance_key="judge", provenance=provenance(task, args),
                   check=check_prompt, work=work)
     failed = run_rows(stage, source, args, client.counts)
-    # The file is empty if no row was ever finished, and it may have rows of earlier calls.
-    judged = dict(stream_rows(args.out)) if os.path.getsize(args.out) else {}
-    numbers = {row["id"]: row[key] for row in judged.values()}
+    # The file is empty if no row was ever finished. It may also hold rows of earlier calls.
+    judged = stream_rows(args.out) if os.path.getsize(args.out) else []
+    numbers = {row["id"]: row[key] for _, row in judged}
     return {row["id"]: numbers.get(row["id"]) for row in rows}, failed
 
 
@@ -279,10 +278,9 @@ def answer_cells(args, rows, base_rows, numbers):
         return np.array([numbers[name].get(row["id"]) for row in rows], dtype=float)
 
     score, base_score = column("score", rows), column("score", base_rows)
-    gain = score - base_score if rows != base_rows else np.nan * score  # none over itself
-    tokens, base_tokens = (np.array([len(row["ids"]) for row in part]) for part in
-                           (rows, base_rows))
-    longer = tokens - base_tokens
+    gain = score - base_score if rows is not base_rows else np.nan * score  # none over itself
+    tokens = np.array([len(row["ids"]) for row in rows])
+    longer = tokens - np.array([len(row["ids"]) for row in base_rows])
     lengths_differ = len(set(longer[~np.isnan(gain)])) > 1
     win = column("win", rows) if args.pairwise else (1 + np.sign(gain)) / 2  # a tie: 1/2
     return {"judged": f"{np.isfinite(score).sum()}/{len(rows)}" if args.base_url else "-",
@@ -293,11 +291,6 @@ def answer_cells(args, rows, base_rows, numbers):
             "tokens": f"{tokens.mean():.1f}",
             "degenerate %": f"{100 * np.mean([fault(row) != '' for row in rows]):.1f}",
             "KL from base, nats": cell(".2f", mean, column("kl", rows))}
-
-
-def margins_of(logps, base_logps):
-    """(P,): the log-ratio margins of a model in nats, the loss's m / beta."""
-    return (logps - base_logps).double().numpy() @ [1, -1]
 
 
 def pair_cells(pairs, logps, base_logps):
@@ -314,6 +307,11 @@ def pair_cells(pairs, logps, base_logps):
             "log-ratio margin, nats": cell("+.2f", mean, margins),
             "logp chosen, nats": cell(".2f", mean, chosen),
             "logp rejected, nats": cell(".2f", mean, rejected)}
+
+
+def margins_of(logps, base_logps):
+    """(P,): the log-ratio margins of a model in nats, the loss's m / beta."""
+    return (logps - base_logps).double().numpy() @ [1, -1]
 
 
 def text_cells(nats, base_nats):
@@ -369,8 +367,8 @@ def get_args(argv):
     flag("--prompts", help="held-out rows with a prompt")
     flag("--data", help="held-out rows with chosen, rejected and, optionally, scores")
     flag("--suspects", type=at_least(1), nargs="?", const=10, metavar="N",
-         help="show the N pairs of --data (default: 10) whose scores are most likely wrong; weaker "
-              "on training rows, from which the student has learnt")
+         help="show the N pairs of --data (default: 10) whose scores are most likely wrong; among "
+              "training rows, it finds fewer of them after several epochs")
     flag("--text", help="ordinary text, UTF-8, paragraphs between empty lines")
     flag("--max_length", type=at_least(2), default=1024,
          help="of --data: prompt + one answer; of --text: tokens read at a time")
@@ -429,7 +427,7 @@ def load_inputs(args):
     if args.base_url:
         Client(args)  # raises for a wrong address or a missing key
     for folder in args.students if args.suspects else ():
-        read_flags(folder)
+        training_flags(folder)
     rows, pairs, paragraphs, notes = [], [], [], []
     if args.prompts:
         rows = [row for _, row in checked_rows(args.prompts, None, check_prompt, ())]
@@ -525,11 +523,11 @@ def main(argv=None):
             name: text_cells(nats[name], nats["base"]) for name in nats}
     text = "\n".join([table(blocks), "", *notes_on(args, answers, numbers), *inputs.notes])
     for folder in args.students if args.suspects else ():
-        flags = read_flags(folder)
-        tau = tau_of(inputs.pairs, flags["tau_temperature"])  # (P,)
-        margins = flags["beta"] * margins_of(logps[folder], logps["base"])  # (P,)
-        text += "\n\n" + suspects_text(folder, inputs.pairs, tau, margins,
-                                       inputs.tokenizers[folder], args.suspects)
+        beta, temperature = training_flags(folder)
+        text += "\n\n" + suspects_text(
+            folder, inputs.pairs, tau_of(inputs.pairs, temperature),
+            beta * margins_of(logps[folder], logps["base"]), inputs.tokenizers[folder],
+            args.suspects)
     print("\n" + text)
     report = f"# Evaluation\n\n{indented(text)}\n"
     if inputs.rows:

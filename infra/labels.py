@@ -18,7 +18,7 @@ import numpy as np
 from infra.command import BadInput, printable, warn
 from infra.files import atomic_write, only_writer
 from infra.formats import as_messages, canonical
-from infra.report import table
+from infra.report import by_fifths, table
 from infra.rows import check_pair, is_cut, judge_of, question_of, stream_rows
 
 SHARE = {"chosen": 1.0, "tie": 0.5, "rejected": 0.0}  # what a label says about chosen
@@ -174,12 +174,7 @@ def calibrate(path, labels_path, score_gap):
           f"{cross_entropy(1 / best, gaps, shares):.3f}, at T 1 "
           f"{cross_entropy(1.0, gaps, shares):.3f}, by chance 0.693\n")
     tau = 1 / (1 + np.exp(-np.clip(gaps / best, -500, 500)))  # (N,)
-    bins, cells = np.minimum((5 * tau).astype(int), 4), {}
-    for i in np.unique(bins):
-        there = bins == i
-        cells[f"{i / 5:.1f} to {(i + 1) / 5:.1f}"] = {
-            "pairs": str(there.sum()), "mean tau": f"{tau[there].mean():.2f}",
-            "person prefers chosen": f"{shares[there].mean():.2f}"}
+    cells = by_fifths(tau, {"mean tau": tau, "person prefers chosen": shares})
     print(table({f"tau at T {best:.2g}": cells}) + "\n")
     if math.isinf(best):
         warn("the scores say nothing about what the person prefers: read the judge's replies")

@@ -52,11 +52,12 @@ def show_report(path, pairs, held_out, counts, tokenizer):
     for error in bad[:3]:
         print(f"train.py would stop at {error}")
     if bad:
-        print(f"{len(bad)} such rows in all: repair them, or leave them out by --skip_bad_rows")
+        print(f"{len(bad)} such rows in all: repair them, or leave them out with --skip_bad_rows")
     if counts.unscored:
         print("with --loss rdpo, the default, or dsc train.py would stop at rows without two "
               f"scores, {len(counts.unscored)} in all: {few(counts.unscored)}")
-    nulls = {pair.where for pair in pairs if math.isnan(pair.lean)} - set(counts.unscored)
+    scored = [pair for pair in pairs if not math.isnan(pair.lean)]
+    nulls = {pair.where for pair in pairs} - {pair.where for pair in scored} - {*counts.unscored}
     if nulls:
         print(f"{len(nulls)} pairs have a `null` score: rdpo and dsc leave them out")
     if not held_out:
@@ -68,16 +69,17 @@ def show_report(path, pairs, held_out, counts, tokenizer):
         median = int(statistics.median(lengths))
         print(f"{name:9s} {min(lengths):7d} {median:7d} {max(lengths):7d}")
     of_judge = {}
-    for pair in pairs:
-        if not math.isnan(pair.lean):
-            what = f"pairs scored by {pair.judge}" if pair.judge else "scored pairs"
-            if pair.scale not in (None, 5):
-                what += f" (scale of {pair.scale:g} widened to 5)"
-            of_judge.setdefault(what, []).append(pair.lean)
+    for pair in scored:
+        what = f"pairs scored by {pair.judge}" if pair.judge else "scored pairs"
+        if not math.isnan(pair.tau):
+            what += " (tau - 1/2)"
+        elif pair.scale not in (None, 5):
+            what += f" (scale of {pair.scale:g} widened to 5)"
+        of_judge.setdefault(what, []).append(pair.lean)
     for what, gaps in of_judge.items():
         print()
         show_gaps(gaps, what)
-    if not of_judge:
+    if not scored:
         print("\nno scores: --loss dpo and sft can use these rows, rdpo and dsc cannot")
     pair = pairs[0]
     print(f"\none pair, token by token ({pair.where}); "

@@ -1,11 +1,26 @@
-"""Pairs that a student orders otherwise than the judge: their scores are most likely wrong."""
+"""Pairs that a student orders otherwise than the judge: their scores are most likely wrong.
+
+They may be training pairs. From those the student has learnt, wrong scores included, so after
+several epochs it agrees with more of them: the sign is weaker than on held-out pairs.
+"""
 import textwrap
 
 import numpy as np
 
+from infra.command import BadInput
 from infra.report import by_fifths, side_by_side, table
+from infra.rows import read_flags
 
 SHOWN = 500  # characters of an answer
+
+
+def training_flags(folder):
+    """(beta, T) that a student was trained with. BadInput if the folder holds no run."""
+    flags = read_flags(folder)
+    if "tau_temperature" not in flags:
+        raise BadInput(f"{folder}/args.json: no `tau_temperature`; train again: an older train.py "
+                       "wrote it")
+    return flags["beta"], flags["tau_temperature"]
 
 
 def sigmoid(x):
@@ -25,7 +40,7 @@ def suspects(tau, margins):
 def suspects_text(folder, pairs, tau, margins, tokenizer, shown):
     """Text: a student's p for each fifth of tau, then its first suspects with their answers.
 
-    tau (P,) is the judge's, nan without scores; margins (P,) are beta times the student's
+    tau (P,) is the judge's, nan without scores; margins (P,) are the student's, beta times the
     log-ratio margins.
     """
     p, unscored = sigmoid(margins), np.isnan(tau)  # (P,) each

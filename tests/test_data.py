@@ -597,7 +597,7 @@ UNSCORED = {name: ROW[name] for name in ("prompt", "chosen", "rejected")}
     ([ROW, 5, {}] + [ROW | {"chosen": ""}] * 3, [
         "train.py would stop at {path}:2: a row must be a JSON object",
         "train.py would stop at {path}:3: no `prompt`", "train.py would stop at {path}:4: `chosen`",
-        "5 such rows in all: repair them, or leave them out by --skip_bad_rows"],
+        "5 such rows in all: repair them, or leave them out with --skip_bad_rows"],
      ["stop at {path}:5", "bad row"]),
     ([ROW, UNSCORED, ROW | {"prompt": "Hi"}], [
         "--loss rdpo, the default, or dsc train.py would stop at rows without two scores, 1 in all:"

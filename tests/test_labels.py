@@ -290,7 +290,10 @@ def test_suspects_without_scores_and_of_no_run(run_train, run_stage, write_rows,
     assert "0.8 to 1.0" in out and "0.4 to 0.6" not in out  # tau is 1
     assert_one_line(run_stage(evaluation, "--text", path, *flags), "--suspects needs --data")
     assert_one_line(run_stage(evaluation, "--data", path, *flags, 0), "--suspects")
-    os.remove(tmp_path / "out" / "args.json")
+    run_flags = tmp_path / "out" / "args.json"
+    run_flags.write_text(json.dumps({"beta": 0.1, "data": [path], "model": None}))
+    assert_one_line(run_stage(evaluation, "--data", path, *flags), f"{run_flags}: no `tau_temp")
+    os.remove(run_flags)
     assert_one_line(run_stage(evaluation, "--data", path, *flags), "args.json: No such file",
                     "the out_dir of a run of train.py")
 
