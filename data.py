@@ -29,7 +29,7 @@ from infra.fetch import make_prompts
 from infra.formats import as_messages, canonical, has_input
 from infra.labels import calibrate, label
 from infra.models import TOY_STUDENT, load_tokenizer
-from infra.packing import pack
+from infra.packing import batch_tokens, pack
 from infra.report import show_report
 from infra.rows import (RowCounts, check_judges, check_pair, families, has_tau, is_cut, judge_of,
                         stream_rows)
@@ -303,11 +303,6 @@ def collate(pairs, share_prefix=False, rows=None):
                  torch.cat(targets), [len(tokens) for tokens in targets])
 
 
-def longest_row(pair):
-    """Tokens of the pair's longest conversation: the prompt and one answer."""
-    return len(pair.prompt_ids) + max(map(len, pair.answers))
-
-
 def count_chosen(pairs):
     """Tokens of the chosen answers."""
     return sum(len(pair.chosen_ids) for pair in pairs)
@@ -316,13 +311,6 @@ def count_chosen(pairs):
 def count_tokens(pairs):
     """Tokens of both conversations of each pair: each answer with its own prompt."""
     return sum(len(pair.prompt_ids) + len(ids) for pair in pairs for ids in pair.answers)
-
-
-def batch_tokens(pair, share_prefix):
-    """Tokens that a pair alone takes in a Batch, padding counted."""
-    if share_prefix:
-        return len(pair.prompt_ids) + sum(map(len, pair.answers))
-    return len(pair.answers) * longest_row(pair)
 
 
 def micro_batches(pairs, indices, tokens_per_batch, share_prefix, rank=0, world_size=1):

@@ -127,12 +127,12 @@ def evaluate(policy, data, args):
     return {f"eval/{name}": mean for name, mean in means.items()}, pairs, values
 
 
-def by_behaviour(data):
-    """{behaviour: Dataset of its pairs}, {} if the rows do not name several."""
+def parts_by(data, name_of):
+    """{name: Dataset of the pairs of that name}, {} if there is only one name."""
     indices = {}
     for i, pair in enumerate(data.pairs):
-        indices.setdefault(pair.behaviour, []).append(i)
-    return {behaviour: data.part(own) for behaviour, own in indices.items() if len(indices) > 1}
+        indices.setdefault(name_of(pair), []).append(i)
+    return {name: data.part(own) for name, own in indices.items() if len(indices) > 1}
 
 
 def policy_logps(policy, batch):
@@ -197,14 +197,11 @@ def main(argv=None):
     with checkpoint.only_run_in(args):
         trained = train_student(args, device, dtype)
         if trained:  # on rank 0; the policy is gone, so there is room for the saved student
-            finish(args, *trained)
-            print(f" after {time.monotonic() - began:.0f} s")
+            finish(args, began, *trained)
 
 
 def train_student(args, device, dtype):
     """Train and export. Returns what finish() needs on rank 0, None on the others."""
-    torch.manual_seed(args.seed)
-
     # Data: every row is checked and tokenized before anything is computed.
     tokenizer = models.load_tokenizer(args.model or models.TOY_STUDENT, args.template_kwargs)
     train_pairs, val_pairs = load_train_val(args, tokenizer)
@@ -242,8 +239,8 @@ def train_student(args, device, dtype):
                saved_dtype if dtype == torch.float32 else dtype)
     val_metrics, *own = evaluate(policy, val, args)
     selfcheck.check_student(first_step, masters, val_metrics["eval/loss"], run.folder)
-    if first_step == 0:
-        selfcheck.check_step_0(*own, args, cache.path)  # policy = reference: all rewards are 0
+    if first_step == 0:  # the policy is the reference: all rewards are 0
+        selfcheck.check_step_0(*own, args, cache.path)
         run.log(step=0, epoch=0.0, **val_metrics)
         print(table_line(0, {}, val_metrics))
 
@@ -283,8 +280,7 @@ def train_student(args, device, dtype):
 
         # Log, evaluate, save. Evaluate before the save: a resumed run would not do it again.
         done = step + 1
-        run.log(step=done, epoch=done / steps_per_epoch, **metrics, lr=lr,
-                grad_norm=grad_norm if math.isfinite(grad_norm) else None,
+        run.log(step=done, epoch=done / steps_per_epoch, **metrics, grad_norm=grad_norm, lr=lr,
                 step_seconds=time.monotonic() - step_began, tokens=count_tokens(data.pairs),
                 peak_memory_mib=peak_memory_mib(device))
         progress.update()
@@ -301,7 +297,7 @@ def train_student(args, device, dtype):
             progress.close()
             run.stopped(done, stop)
     progress.close()
-    for behaviour, part in by_behaviour(val).items():
+    for behaviour, part in parts_by(val, lambda pair: pair.behaviour).items():
         print(table_line(one_line(behaviour), {}, evaluate(policy, part, args)[0]))
 
     # Export: a Hugging Face folder that transformers, vLLM and llama.cpp load, or an adapter.
@@ -309,14 +305,13 @@ def train_student(args, device, dtype):
     peaks.end("training")
     changed = checkpoint.export(policy, masters, tokenizer, saved_dtype, weights_before, args)
     peaks.end("export")
-    is_writer = ranks.rank() == 0
     ranks.cleanup()
-    if is_writer:
+    if changed:  # rank 0
         show_answers(samples, answers_before, answers_after)
         return tokenizer, train_pairs, val, val_metrics, peaks, changed
 
 
-def finish(args, tokenizer, train_pairs, val, trained, peaks, changed):
+def finish(args, began, tokenizer, train_pairs, val, trained, peaks, changed):
     """After training, on rank 0: curves, the saved student evaluated again, the model card."""
     training, validation = read_metrics(args.out_dir)
     lines = [TABLE_HEAD, table_line(validation[0]["step"], {}, validation[0]),
@@ -328,7 +323,7 @@ def finish(args, tokenizer, train_pairs, val, trained, peaks, changed):
         peaks.end("check")
     write_card(args, tokenizer, train_pairs, val.pairs, lines)
     print(peaks.line() + (compile_note() if args.compile else ""), end="")
-    print(f"{changed} in {args.out_dir}", end="")
+    print(f"{changed} in {args.out_dir} after {time.monotonic() - began:.0f} s")
 
 
 def check_saved(val, trained, args):

@@ -15,9 +15,10 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from data import epoch_order, load_pairs, longest_row  # noqa: E402
+from data import epoch_order, load_pairs  # noqa: E402
 from infra.command import Parser, run  # noqa: E402
 from infra.models import load_tokenizer  # noqa: E402
+from infra.packing import longest_row  # noqa: E402
 from infra.rows import read_rows  # noqa: E402
 
 TRL_SCRIPT = os.path.join(ROOT, "bench", "trl_dpo.py")

@@ -30,10 +30,11 @@ sys.path.insert(0, ROOT)
 
 from bench.parity import (TRL_SCRIPT, read_steps, read_trl_answer, train_flags,  # noqa: E402
                           write_rows, write_trl_job)
-from data import count_tokens, load_pairs, longest_row, prompt_text  # noqa: E402
+from data import count_tokens, load_pairs, prompt_text  # noqa: E402
 from infra.command import Parser, at_least, run  # noqa: E402
 from infra.formats import as_messages  # noqa: E402
 from infra.models import TOY_STUDENT, load_tokenizer  # noqa: E402
+from infra.packing import longest_row  # noqa: E402
 from infra.rows import read_rows  # noqa: E402
 
 CACHE = os.path.expanduser("~/.cache/rdpo")

@@ -29,9 +29,10 @@ sys.path.insert(0, ROOT)
 
 import infra.distributed as ranks  # noqa: E402
 import train  # noqa: E402
-from data import Pair, batch_tokens, collate, load_pairs, longest_row  # noqa: E402
+from data import Pair, batch_tokens, collate, load_pairs  # noqa: E402
 from infra.command import Parser, run  # noqa: E402
 from infra.models import cast_weights, load_model, load_tokenizer  # noqa: E402
+from infra.packing import longest_row  # noqa: E402
 from infra.policy import place  # noqa: E402
 from infra.rounding import Masters  # noqa: E402
 from rdpo import preference_probability, sequence_logps  # noqa: E402

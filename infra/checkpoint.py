@@ -8,6 +8,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -125,7 +126,9 @@ class Run:
         return first_step
 
     def log(self, **values):
-        self.file.write(json.dumps(values) + "\n")
+        """Write a line to metrics.jsonl. JSON has no inf: a gradient that overflows is null."""
+        numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.file.write(json.dumps(numbers) + "\n")
 
     def save(self, step):
         """Write a state to folder/step-N, then delete older ones.

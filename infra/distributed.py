@@ -34,7 +34,7 @@ def best_device():
 def setup(args):
     """Resolve what args leaves to the machine, and join torchrun's ranks. Returns (device, dtype).
 
-    Only rank 0 prints. BadInput if the machine lacks what the flags ask for.
+    Seeds torch. Only rank 0 prints. BadInput if the machine lacks what the flags ask for.
     """
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if args.device == "auto":
@@ -57,6 +57,7 @@ def setup(args):
         raise BadInput("--fsdp does not support float16; take float32 or bfloat16")
     # Until the loop catches SIGTERM itself, leave through every `finally`.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    torch.manual_seed(args.seed)
     device = torch.device(args.device)
     if dist.is_torchelastic_launched():
         if args.device == "cuda":

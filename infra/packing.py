@@ -1,6 +1,22 @@
-"""Which pairs share a sequence of a batch."""
+"""How many tokens a pair takes, and which pairs share a sequence of a batch.
+
+A pair here is anything with prompt_ids and answers: lists of token ids.
+"""
 import heapq
 import math
+
+
+def longest_row(pair):
+    """Tokens of the pair's longest conversation: the prompt and one answer."""
+    return len(pair.prompt_ids) + max(map(len, pair.answers))
+
+
+def batch_tokens(pair, share_prefix):
+    """Tokens that a pair alone takes in a data.Batch, padding counted."""
+    if share_prefix:
+        return len(pair.prompt_ids) + sum(map(len, pair.answers))
+    return len(pair.answers) * longest_row(pair)
+
 
 # Tokens of a row at which attention costs as much as the layers' matrices: 6 * hidden size, here
 # that of a model of 8 B parameters. Where rows are short, a smaller one changes nothing.

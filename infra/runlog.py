@@ -1,4 +1,4 @@
-"""What a training run prints and logs: the table, the answers before and after."""
+"""What a training run prints: the plan, the table, peaks of memory."""
 import math
 import os
 import resource
@@ -9,8 +9,11 @@ import torch
 import infra.distributed as ranks
 from infra.models import TOY_STUDENT
 
-TABLE_HEAD = ("  step    loss | validation: loss  accuracy  agrees with scores  margin  "
-              "logp chosen  rejected")
+COLUMNS = (  # of the table: title, metric of the validation pairs, form
+    ("validation: loss", "loss", ".4f"), ("accuracy", "rewards/accuracies", ".2f"),
+    ("agrees with scores", "rewards/score_agreement", ".2f"), ("margin", "rewards/margins", "+.2f"),
+    ("logp chosen", "logps/chosen", ".1f"), ("rejected", "logps/rejected", ".1f"))
+TABLE_HEAD = "  step    loss | " + "  ".join(title for title, _, _ in COLUMNS)
 
 
 def print_plan(args, policy, train, val, cache, first_step, total_steps, weights, dtype):
@@ -50,14 +53,14 @@ def table_line(label, metrics, val_metrics):
 
     label is the step or, for a part of the pairs, its behaviour.
     """
-    value = {name.removeprefix("eval/"): number for name, number in val_metrics.items()}
     first = f"{label:6d} {metrics['loss']:7.4f}" if metrics else f"{label:>6}".ljust(14)
-    agreement = (f"{value['rewards/score_agreement']:.2f}"
-                 if "rewards/score_agreement" in value else "-")
-    margin = round(value["rewards/margins"], 2) + 0.0  # turns -0.0 into 0.0
-    return (f"{first:.14s} | {value['loss']:16.4f}  {value['rewards/accuracies']:8.2f}  "
-            f"{agreement:>18}  {margin:+6.2f}  {value['logps/chosen']:11.1f}  "
-            f"{value['logps/rejected']:8.1f}")
+    cells = []
+    for title, name, form in COLUMNS:
+        value = val_metrics.get(f"eval/{name}")  # no agreement without scores
+        # Rounded first: + 0.0 turns -0.0 into 0.0.
+        cell = "-" if value is None else format(float(format(value, form)) + 0.0, form)
+        cells.append(cell.rjust(len(title)))
+    return f"{first:.14s} | {'  '.join(cells)}"
 
 
 def peak_memory_mib(device):

@@ -7,6 +7,7 @@ import infra.distributed as ranks
 from infra.checkpoint import newest_state
 from infra.command import BadInput, first_line, warn
 from infra.models import position_limit
+from infra.packing import batch_tokens, longest_row
 
 # How far a token's log-probability may move when other rows share its batch: (bias, noise).
 # Over N tokens bias grows with N, noise with sqrt(N). (SmolLM2-135M in bfloat16: noise 0.06 per
@@ -35,15 +36,15 @@ def can_share_prefix(policy, pairs, args, fast_logps, plain_logps):
     logits, fast_logps(pairs, share_prefix) from one of the two layouts. BadInput if the layout
     with one answer per row is wrong too, or a row is too long for the model.
     """
-    limit, longest = position_limit(policy), max(pairs, key=longest_sequence)
-    if longest_sequence(longest) > limit:
+    limit, longest = position_limit(policy), max(pairs, key=longest_row)
+    if longest_row(longest) > limit:
         raise BadInput(f"--max_length {args.max_length}: the longest row has "
-                       f"{longest_sequence(longest)} tokens, but the model takes {limit}; "
+                       f"{longest_row(longest)} tokens, but the model takes {limit}; "
                        f"--max_length {limit}")
-    shortest = min(pairs, key=longest_sequence)
-    fitting = [pair for pair in pairs if 2 * longest_sequence(pair) <= args.tokens_per_batch]
-    tried = [max(fitting, key=longest_sequence, default=shortest), shortest]
-    tokens = [len(pair.chosen_ids) for pair in tried] + [len(pair.rejected_ids) for pair in tried]
+    shortest = min(pairs, key=longest_row)
+    fitting = [pair for pair in pairs if batch_tokens(pair, False) <= args.tokens_per_batch]
+    tried = [max(fitting, key=longest_row, default=shortest), shortest]
+    tokens = [len(pair.answers[i]) for i in range(2) for pair in tried]
     dtype = getattr(torch, args.dtype)
 
     plain, separate = plain_logps(policy, tried), fast_logps(tried, False)  # (4,) each
@@ -67,11 +68,6 @@ def can_share_prefix(policy, pairs, args, fast_logps, plain_logps):
     return works
 
 
-def longest_sequence(pair):
-    """Tokens of the prompt and the longer answer."""
-    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
-
-
 def check_step_0(pairs, values, args, cache_path):
     """BadInput unless the implicit rewards of these pairs are 0: the loss then is ln 2.
 
@@ -81,7 +77,7 @@ def check_step_0(pairs, values, args, cache_path):
     rewards = torch.stack([values["rewards/chosen"], values["rewards/rejected"]], 1)  # (B, 2)
     for pair, log_ratios in zip(pairs, rewards.cpu() / args.beta):
         check_equal(f"{pair.where}: at step 0 the log-probabilities of policy and cached reference",
-                    log_ratios, torch.zeros(2), [longest_sequence(pair)] * 2,
+                    log_ratios, torch.zeros(2), [longest_row(pair)] * 2,
                     getattr(torch, args.dtype), f"delete {cache_path}")
 
 
@@ -96,11 +92,8 @@ def check_student(step, masters, loss, state_dir):
     is_finite = math.isfinite(loss) and bool(finite.all())  # the CPU waits for the GPU once
     if not ranks.maximum(int(not is_finite)):
         return
-    newest = newest_state(state_dir)
-    resumed = newest and newest.endswith(f"{step:08d}")  # saved before a loss showed it
     raise BadInput(f"step {step}: the student has weights or a validation loss ({loss:.4g}) that "
-                   "are not finite, and is not saved; "
-                   f"{f'delete {newest}' if resumed else remedy(step, state_dir)}")
+                   f"are not finite, and is not saved; {remedy(step, state_dir)}")
 
 
 def remedy(step, state_dir):
@@ -109,7 +102,11 @@ def remedy(step, state_dir):
         return ("no step has been taken, so --learning_rate is not the cause; lower --beta, "
                 "--sft_weight or the rows' scores, or raise --tau_temperature")
     newest = newest_state(state_dir)
-    return "lower --learning_rate" + (f"; the last good state is in {newest}" if newest else "")
+    if newest is None:
+        return "lower --learning_rate"
+    if newest.endswith(f"{step:08d}"):  # saved with finite weights; only the loss shows them
+        return f"lower --learning_rate and delete {newest}, which has these weights"
+    return f"lower --learning_rate; the last good state is in {newest}"
 
 
 def check_step(step, loss, grad_norm, scaler, pairs, values, state_dir):

@@ -456,7 +456,8 @@ def test_loss_not_finite(run_train, write_rows, tmp_path):
     assert "lower --learning_rate" in err and f"{path}:" in err
     stopped_at = int(err.split()[2].rstrip(":"))
     assert os.listdir(tmp_path / "out" / "state") == [f"step-{stopped_at - 1:08d}"]
-    assert err.endswith(f" good state is in {tmp_path}/out/state/step-{stopped_at - 1:08d}\n")
+    assert err.endswith(  # its weights are finite: only the loss shows them
+        f" delete {tmp_path}/out/state/step-{stopped_at - 1:08d}, which has these weights\n")
 
 
 def test_advice_fits_a_loss_that_is_not_finite_before_any_step(run_train, write_rows, tmp_path):

@@ -203,8 +203,8 @@ def test_a_shard_of_the_masters_is_rounded_as_the_whole(monkeypatch):
             middle = weight.numel() // 2
             return (weight.view(-1)[middle:] if half else weight.view(-1)[:middle]), half * middle
 
-        monkeypatch.setattr(rounding.dist, "is_sharded", lambda model: True)
-        monkeypatch.setattr(rounding.dist, "local_shard", part)
+        monkeypatch.setattr(rounding.ranks, "is_sharded", lambda model: True)
+        monkeypatch.setattr(rounding.ranks, "local_shard", part)
         sharded = tiny_model().bfloat16().float()
         before = {name: weight.clone() for name, weight in sharded.named_parameters()}
         shards = Masters(sharded, torch.bfloat16, seed=0)
