@@ -77,7 +77,7 @@ def forward(policy, data, args, pair_count, chosen_tokens):
 def pair_metrics(chosen_logps, rejected_logps, chosen_rewards, rejected_rewards, tau, lean):
     """{name: value of each pair (B,)}, logged as the mean over pairs. A new metric goes here.
 
-    A pair whose value is nan does not count.
+    A pair whose value is nan does not count, unless its margin is nan too.
     """
     margins = chosen_rewards - rejected_rewards  # (B,)
     # Whether the policy prefers chosen. Equal up to rounding counts as half right.
@@ -112,7 +112,8 @@ def forward_all(policy, data, args, backward=None):
 def mean_metrics(loss, values):
     """{name: number} over all ranks, from forward_all's. The CPU waits for the GPU here."""
     stacked = torch.stack(list(values.values()))  # (M, B)
-    sums, counts = stacked.nansum(1), (~stacked.isnan()).sum(1)  # (M,) each
+    left_out = stacked.isnan() & ~values["rewards/margins"].isnan()  # (M, B)
+    sums, counts = stacked.masked_fill(left_out, 0).sum(1), (~left_out).sum(1)  # (M,) each
     loss, *numbers = ranks.all_reduce(torch.cat([loss[None], sums, counts])).tolist()
     sums, counts = numbers[:len(values)], numbers[len(values):]
     return {"loss": loss} | {name: total / count for name, total, count

@@ -101,7 +101,7 @@ def test_judge_noise_stays_on_the_scale_and_repeats():
 
     def verdicts(noise):
         replies = [toy.judge(row["question"], row["chosen"], 0, noise) for row in rows]
-        return [reward.parse_verdict(text, toy.JUDGE) for text, _ in replies]
+        return [verdicts.parse_verdict(text, toy.JUDGE) for text, _ in replies]
 
     exact, noisy = verdicts(0), verdicts(1)
     assert exact == [world.score(row["prompt"], row["chosen"]) for row in rows]

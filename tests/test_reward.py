@@ -15,10 +15,10 @@ TASK = f"{ROOT}/toy/task.toml"
 
 
 def test_higher_is_always_better():
-    assert [reward.better(verdict, "high") for verdict in (1.0, 4.0)] == [1, 4]
-    assert [reward.better(verdict, "low") for verdict in (0.0, 4.0)] == [0, -4]
-    assert [reward.better(verdict, "zero") for verdict in (-3.0, 0.0, 2.0)] == [-3, 0, -2]
-    assert "-0.0" not in str([reward.better(0.0, good) for good in ("low", "zero")])
+    assert [verdicts.better(verdict, "high") for verdict in (1.0, 4.0)] == [1, 4]
+    assert [verdicts.better(verdict, "low") for verdict in (0.0, 4.0)] == [0, -4]
+    assert [verdicts.better(verdict, "zero") for verdict in (-3.0, 0.0, 2.0)] == [-3, 0, -2]
+    assert "-0.0" not in str([verdicts.better(0.0, good) for good in ("low", "zero")])
 
 
 ROWS = [{"id": f"r{i}", "prompt": f"prompt {i}", "question": f"question {i}",
@@ -291,8 +291,8 @@ def test_rows_name_behaviour_and_scale(scripted, run_stage, write_rows, tmp_path
 def test_score_range(lowest, highest, good, wanted):
     """By trying all verdicts."""
     judge = SimpleNamespace(lowest=lowest, highest=highest, good=good)
-    scores = [reward.better(verdict, good) for verdict in range(lowest, highest + 1)]
-    assert reward.score_range(judge) == [min(scores), max(scores)] == wanted
+    scores = [verdicts.better(verdict, good) for verdict in range(lowest, highest + 1)]
+    assert verdicts.score_range(judge) == [min(scores), max(scores)] == wanted
 
 
 # ----------------------------------------------------------------------------------- graded scores
@@ -316,17 +316,17 @@ def tokens(text, place=None, **others):
     ("Final score: 4", None, {}, 4, 4.0)])
 def test_a_graded_score_is_the_expectation_at_the_place_of_the_verdict(
         text, place, others, verdict, wanted):
-    assert reward.parse_verdict(text, FIVE) == verdict
+    assert verdicts.parse_verdict(text, FIVE) == verdict
     for good, sign in (("high", 1), ("low", -1), ("zero", -1)):
-        graded = reward.graded_score(tokens(text, place, **others), verdict, FIVE,
-                                     lambda digit: reward.better(digit, good))
+        graded = verdicts.graded_score(tokens(text, place, **others), verdict, FIVE,
+                                     lambda digit: verdicts.better(digit, good))
         assert graded == (None if wanted is None else pytest.approx(sign * wanted))
 
 
 @pytest.mark.parametrize("lowest, highest", [(-5, 5), (0, 10)])
 def test_scales_of_more_than_one_digit_are_not_graded(lowest, highest):
     judge = SimpleNamespace(**vars(FIVE) | {"lowest": lowest, "highest": highest})
-    assert reward.graded_score(tokens("Final score: 4", 2, _4=1.0), 4, judge, float) is None
+    assert verdicts.graded_score(tokens("Final score: 4", 2, _4=1.0), 4, judge, float) is None
 
 
 @pytest.mark.parametrize("refused", [False, True])

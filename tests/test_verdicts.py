@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, read_lines
 
 from infra.task import Judge
-from reward import parse_verdict
+from infra.verdicts import parse_verdict
 
 ASKS = {"instruction": "Judge.", "template": "Q: {question}\nA: {answer}"}
 FIVE = Judge(**ASKS, verdict="Final score:", lowest=0, highest=5, good="high")
