@@ -15,8 +15,7 @@ import torch
 from jinja2 import TemplateError
 
 from data import encode_prompt
-from infra.command import (BadInput, Parser, at_least, one_line, path, printable, refuse, run,
-                           warn)
+from infra.command import BadInput, Parser, at_least, one_line, path, printable, run, warn
 import infra.distributed as ranks
 from infra.formats import is_text
 from infra.generate import generate
@@ -57,9 +56,9 @@ def ask(model, tokenizer, prompt, args, seed, said=None):
     except TemplateError as error:
         raise BadInput(f"the chat template refuses this: {error}") from error
     limit = position_limit(model)
-    refuse("", (len(prompt_ids) >= limit,
-                f"the prompt has {len(prompt_ids)} tokens, but the model reads {limit}, answer "
-                "included; give a shorter one, in a chat after /new"))
+    if len(prompt_ids) >= limit:
+        raise BadInput(f"the prompt has {len(prompt_ids)} tokens, but the model reads {limit}, "
+                       "answer included; give a shorter one, in a chat after /new")
     length = min(args.max_new_tokens, limit - len(prompt_ids))
     [answer] = generate(model, tokenizer, [prompt_ids], length, args.temperature, [seed],
                         show=None if said is None else show)
@@ -86,7 +85,8 @@ def chat(student, tokenizer, args):
             if line == "/new":
                 messages, prompt = [], None
             elif line == "/base":
-                refuse("", (prompt is None, "/base: ask the student something first"))
+                if prompt is None:
+                    raise BadInput("/base: ask the student something first")
                 ask(load_reference(args.model), tokenizer, prompt, args, seed, said)
             elif line:
                 seed += 1
@@ -118,8 +118,7 @@ def sample_answers(policy, tokenizer, rows, args):
         return []
     ids = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
     with models.eager(args):
-        return [answer.text for answer in generate(policy, tokenizer, ids,
-                                                    args.max_new_tokens)]
+        return [answer.text for answer in generate(policy, tokenizer, ids, args.max_new_tokens)]
 
 
 def show_answers(rows, before, after):
@@ -145,13 +144,14 @@ def main(argv=None):
     flag("--max_new_tokens", type=at_least(1), default=256, help="limit of an answer")
     flag("--seed", type=at_least(0), default=0)
     args = parser.parse_args(argv)
-    refuse("", (args.compare and args.prompt is None,
-                "--compare needs --prompt; in the chat /base compares"),
-           (args.prompt is not None and not is_text(args.prompt), "--prompt is empty"))
+    if args.compare and args.prompt is None:
+        raise BadInput("--compare needs --prompt; in the chat /base compares")
+    if args.prompt is not None and not is_text(args.prompt):
+        raise BadInput("--prompt is empty")
     names = set(os.listdir(args.model)) if os.path.isdir(args.model) else set()
-    refuse(f"--model {args.model}", (
-        "args.json" in names and not names & {"config.json", "adapter_config.json"},
-        "its run has not finished; the same train.py command with --resume continues it"))
+    if "args.json" in names and not names & {"config.json", "adapter_config.json"}:
+        raise BadInput(f"--model {args.model}: its run has not finished; the same train.py command "
+                       "with --resume continues it")
     tokenizer, student = load_tokenizer(args.model), load(args.model)
     if args.prompt is None:
         return chat(student, tokenizer, args)
