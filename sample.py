@@ -3,8 +3,9 @@
     python sample.py --model out                               a chat in the terminal
     python sample.py --model out --prompt "..." [--compare]    one answer [both, side by side]
 
-In the chat /base puts your last question to the reference (the student before training); /new
-begins a new conversation. Ctrl-C stops an answer. Ctrl-C or Ctrl-D at the prompt ends the chat.
+In the chat, type /base to hear the reference (the untrained student) on your last question, and
+/new to begin a new conversation. Ctrl-C stops an answer; Ctrl-C or Ctrl-D at the prompt ends the
+chat.
 """
 import contextlib
 import functools
@@ -43,7 +44,7 @@ def load_reference(folder):
 
 
 def ask(model, tokenizer, prompt, args, seed, said=None):
-    """The text of an answer. With a list `said`, its pieces are printed and kept as they come.
+    """The text of an answer. With a list `said`, each piece is printed and added to it as it comes.
 
     BadInput if the model cannot read the prompt.
     """
@@ -138,10 +139,10 @@ def main(argv=None):
     flag = parser.add_argument
     flag("--model", type=path, default="out", help="out_dir of train.py, or any model or hub id")
     flag("--prompt", help="answer this alone (default: a chat)")
-    flag("--compare", action="store_true", help="of --prompt: also the reference's answer")
+    flag("--compare", action="store_true", help="with --prompt: also show the reference's answer")
     flag("--temperature", type=at_least(0, float), default=0.0,
-         help="0: the likeliest answer, as train.py and eval.py show it; 1: as the model samples")
-    flag("--max_new_tokens", type=at_least(1), default=256, help="limit of an answer")
+         help="0: greedy, as in train.py and eval.py; 1: samples of the model's own distribution")
+    flag("--max_new_tokens", type=at_least(1), default=256, help="per answer")
     flag("--seed", type=at_least(0), default=0)
     args = parser.parse_args(argv)
     if args.compare and args.prompt is None:
