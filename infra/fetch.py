@@ -61,8 +61,8 @@ HELD_OUT = 100  # prompts, if the source has them: a rate is then known to 10 po
 def draw_prompts(rows, source, templates, seed, limit):
     """(training rows, held-out rows, Counter of reasons for skipped rows). The seed fixes all.
 
-    Held out are a share of the drawn rows and, up to HELD_OUT, rows that were not drawn. Rows of
-    one group stay together, so no question is on both sides of the split.
+    Held out: a share of the drawn rows, topped up to HELD_OUT with rows that were not drawn. Rows
+    of one group stay together, so no question is on both sides of the split.
     """
     candidates, skipped = {}, Counter()  # prompt -> (question, group)
     for row in rows:
@@ -84,13 +84,13 @@ def draw_prompts(rows, source, templates, seed, limit):
         row_id = hashlib.sha256(json.dumps([prompt, question]).encode()).hexdigest()[:16]
         shuffled.append((group, {"id": row_id, "prompt": prompt, "question": question}))
     drawn = shuffled[:source.draw or None]
-    held_out_groups, held_out_count = set(), 0
+    trained_on, held_out_count = set(), 0
     for group, size in Counter(group for group, _ in drawn).items():
         if held_out_count < max(1, round(source.held_out * len(drawn))):
-            held_out_groups.add(group)
             held_out_count += size
-    training = [row for group, row in drawn if group not in held_out_groups]
-    trained_on = {group for group, _ in drawn} - held_out_groups
+        else:
+            trained_on.add(group)
+    training = [row for group, row in drawn if group in trained_on]
     held_out = [row for group, row in shuffled if group not in trained_on]
     return training, held_out[:max(held_out_count, HELD_OUT)], skipped
 
