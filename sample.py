@@ -3,8 +3,9 @@
     python sample.py --model out                               a chat in the terminal
     python sample.py --model out --prompt "..." [--compare]    one answer [both, side by side]
 
-In the chat /base puts your last question to the reference (the student before training); /new
-begins a new conversation. Ctrl-C stops an answer. Ctrl-C or Ctrl-D at the prompt ends the chat.
+In the chat, type /base to hear the reference (the untrained student) on your last question, and
+/new to begin a new conversation. Ctrl-C stops an answer; Ctrl-C or Ctrl-D at the prompt ends the
+chat.
 """
 import contextlib
 import functools
@@ -15,8 +16,7 @@ import torch
 from jinja2 import TemplateError
 
 from data import encode_prompt
-from infra.command import (BadInput, Parser, at_least, one_line, path, printable, refuse, run,
-                           warn)
+from infra.command import BadInput, Parser, at_least, one_line, path, printable, run, warn
 import infra.distributed as ranks
 from infra.formats import is_text
 from infra.generate import generate
@@ -44,7 +44,7 @@ def load_reference(folder):
 
 
 def ask(model, tokenizer, prompt, args, seed, said=None):
-    """The text of an answer. With a list `said`, its pieces are printed and kept as they come.
+    """The text of an answer. With a list `said`, each piece is printed and added to it as it comes.
 
     BadInput if the model cannot read the prompt.
     """
@@ -57,9 +57,9 @@ def ask(model, tokenizer, prompt, args, seed, said=None):
     except TemplateError as error:
         raise BadInput(f"the chat template refuses this: {error}") from error
     limit = position_limit(model)
-    refuse("", (len(prompt_ids) >= limit,
-                f"the prompt has {len(prompt_ids)} tokens, but the model reads {limit}, answer "
-                "included; give a shorter one, in a chat after /new"))
+    if len(prompt_ids) >= limit:
+        raise BadInput(f"the prompt has {len(prompt_ids)} tokens, but the model reads {limit}, "
+                       "answer included; give a shorter one, in a chat after /new")
     length = min(args.max_new_tokens, limit - len(prompt_ids))
     [answer] = generate(model, tokenizer, [prompt_ids], length, args.temperature, [seed],
                         show=None if said is None else show)
@@ -86,7 +86,8 @@ def chat(student, tokenizer, args):
             if line == "/new":
                 messages, prompt = [], None
             elif line == "/base":
-                refuse("", (prompt is None, "/base: ask the student something first"))
+                if prompt is None:
+                    raise BadInput("/base: ask the student something first")
                 ask(load_reference(args.model), tokenizer, prompt, args, seed, said)
             elif line:
                 seed += 1
@@ -118,8 +119,7 @@ def sample_answers(policy, tokenizer, rows, args):
         return []
     ids = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
     with models.eager(args):
-        return [answer.text for answer in generate(policy, tokenizer, ids,
-                                                    args.max_new_tokens)]
+        return [answer.text for answer in generate(policy, tokenizer, ids, args.max_new_tokens)]
 
 
 def show_answers(rows, before, after):
@@ -139,19 +139,20 @@ def main(argv=None):
     flag = parser.add_argument
     flag("--model", type=path, default="out", help="out_dir of train.py, or any model or hub id")
     flag("--prompt", help="answer this alone (default: a chat)")
-    flag("--compare", action="store_true", help="of --prompt: also the reference's answer")
+    flag("--compare", action="store_true", help="with --prompt: also show the reference's answer")
     flag("--temperature", type=at_least(0, float), default=0.0,
-         help="0: the likeliest answer, as train.py and eval.py show it; 1: as the model samples")
-    flag("--max_new_tokens", type=at_least(1), default=256, help="limit of an answer")
+         help="0: greedy, as in train.py and eval.py; 1: samples of the model's own distribution")
+    flag("--max_new_tokens", type=at_least(1), default=256, help="per answer")
     flag("--seed", type=at_least(0), default=0)
     args = parser.parse_args(argv)
-    refuse("", (args.compare and args.prompt is None,
-                "--compare needs --prompt; in the chat /base compares"),
-           (args.prompt is not None and not is_text(args.prompt), "--prompt is empty"))
+    if args.compare and args.prompt is None:
+        raise BadInput("--compare needs --prompt; in the chat /base compares")
+    if args.prompt is not None and not is_text(args.prompt):
+        raise BadInput("--prompt is empty")
     names = set(os.listdir(args.model)) if os.path.isdir(args.model) else set()
-    refuse(f"--model {args.model}", (
-        "args.json" in names and not names & {"config.json", "adapter_config.json"},
-        "its run has not finished; the same train.py command with --resume continues it"))
+    if "args.json" in names and not names & {"config.json", "adapter_config.json"}:
+        raise BadInput(f"--model {args.model}: its run has not finished; the same train.py command "
+                       "with --resume continues it")
     tokenizer, student = load_tokenizer(args.model), load(args.model)
     if args.prompt is None:
         return chat(student, tokenizer, args)

@@ -4,6 +4,7 @@ A key comes from an environment variable. It is sent in one header, and never pr
 Nothing that a server sends may hang the run, fill the memory or bring the key into a file.
 """
 import base64
+import contextlib
 import json
 import os
 import random
@@ -19,13 +20,13 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
-from infra.command import BadInput, at_least, between, one_line, refuse, warn
+from infra.command import BadInput, at_least, between, one_line, warn
 from infra.resumable import RowFailed
 from infra.rows import FINISHED
 
 # http(s)://host[:port][/path], and no query, user name or password in it
 URL = re.compile(r"https?://([\w.-]+|\[[\da-f:.]+\])(:\d*)?(/[^\s?#]*)?", re.IGNORECASE)
-REPLY_BYTES = 16 * 2**20  # a longer reply is given up
+REPLY_BYTES = 16 * 2**20  # the longest reply that is read
 
 # --------------------------------------------------------------------------------- what is asked
 
@@ -145,10 +146,8 @@ class Adapter(HTTPAdapter):
         return pool
 
     def hang_up(self):
-        try:
+        with contextlib.suppress(OSError, TypeError):  # it was not connected, or is closed already
             socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
-        except (OSError, TypeError):
-            pass  # it was not connected, or is closed already
 
 
 class PerThread(threading.local):
@@ -168,16 +167,18 @@ class Client:
     """
 
     def __init__(self, args):
-        key = os.environ.get(args.key_env or "", "").strip()
-        refuse("",
-               (not URL.fullmatch(args.base_url), "--base_url: must look like "
-                "http://127.0.0.1:8000/v1, without a query, a user name or a password"),
-               (args.key_env and not key, f"--key_env {args.key_env}: no key in that environment "
-                                          f"variable; export {args.key_env}=... first"),
-               (not re.fullmatch("[!-~]*", key), f"--key_env {args.key_env}: the key in that "
-                                                 "variable must be one line of plain characters"))
         self.base_url = args.base_url.rstrip("/").removesuffix("/chat/completions")
-        self.key, self.secret = key, secret_pattern(key)
+        if not URL.fullmatch(args.base_url):
+            raise BadInput("--base_url: must look like http://127.0.0.1:8000/v1, without a query, "
+                           "a user name or a password")
+        self.key = os.environ.get(args.key_env or "", "").strip()
+        if args.key_env and not self.key:
+            raise BadInput(f"--key_env {args.key_env}: no key in that environment variable; "
+                           f"export {args.key_env}=... first")
+        if not re.fullmatch("[!-~]*", self.key):
+            raise BadInput(f"--key_env {args.key_env}: the key in that variable must be one line "
+                           "of plain characters")
+        self.secret = secret_pattern(self.key)
         self.timeout, self.retries = args.timeout, args.retries
         self.threads, self.lock, self.counts = PerThread(), threading.Lock(), Counter()
         self.refused = {}  # parameters that this server does not take, as in INSTEAD
@@ -206,9 +207,7 @@ class Client:
             self.count(retries=int(attempt > 0))
             wait = min(2 ** attempt / 2, 60) * random.uniform(0.5, 1.5)
             try:
-                status, headers, reply = self.exchange(url, sent := self.adapted(body))
-                while status == 400 and self.learn_from(reply, sent):
-                    status, headers, reply = self.exchange(url, sent := self.adapted(body))
+                status, headers, reply = self.exchange(url, body)
             except NoReply as error:
                 reason = (f"no whole reply from {url} ({error}); check that the server runs, "
                           "--base_url, --timeout and --concurrency")
@@ -227,22 +226,25 @@ class Client:
                 reason += "; moderation refuses this text, or the key (--key_env) is wrong"
             if status < 500 and status not in (408, 409, 429):  # a retry would fail alike
                 raise RowFailed(reason)
-            wait = retry_after(headers.get("Retry-After", ""), wait)
-            wait *= random.uniform(1, 1.1)  # so that the threads do not all return at once
+            # The factor keeps the threads from returning all at once.
+            wait = retry_after(headers.get("Retry-After", ""), wait) * random.uniform(1, 1.1)
         reason += f" (asked {self.retries + 1} times in {time.monotonic() - start:.0f} s)"
         raise RowFailed(reason) if self.counts["answered"] else BadInput(reason)
 
     def exchange(self, url, body):
         """(status, headers, JSON value or text) of one request, in --timeout seconds at most.
 
+        Asks again if the server refuses a parameter that has another name, or can be left out.
         NoReply if there is no whole reply in that time, or one above REPLY_BYTES.
         """
         self.count(requests=1)
+        names = {name: self.refused.get(name, name) for name in body}
+        sent = {names[name]: value for name, value in body.items() if names[name]}
         content, end = bytearray(), time.monotonic() + self.timeout
         timer = threading.Timer(self.timeout, self.threads.adapter.hang_up)
         timer.start()
         try:
-            with self.threads.session.post(url, json=body, auth=self.authorize, stream=True,
+            with self.threads.session.post(url, json=sent, auth=self.authorize, stream=True,
                                            timeout=(min(10, self.timeout), self.timeout)
                                            ) as response:
                 if response.headers.get("Content-Encoding", "identity") != "identity":
@@ -262,9 +264,12 @@ class Client:
             raise NoReply(problem)
         text = content.decode("utf-8", "replace")
         try:
-            return response.status_code, response.headers, self.clean(json.loads(text))
+            reply = self.clean(json.loads(text))
         except (ValueError, RecursionError):
-            return response.status_code, response.headers, self.clean(text)
+            reply = self.clean(text)
+        if response.status_code == 400 and self.learn_from(reply, sent):
+            return self.exchange(url, body)
+        return response.status_code, response.headers, reply
 
     def clean(self, value):
         """A JSON value whose strings hold neither the key nor lone surrogates.
@@ -282,11 +287,6 @@ class Client:
         if replaced:
             self.count(replaced=replaced)
         return text
-
-    def adapted(self, body):
-        """The request body with the parameters that this server takes."""
-        names = {name: self.refused.get(name, name) for name in body}
-        return {names[name]: value for name, value in body.items() if names[name]}
 
     def learn_from(self, reply, sent):
         """Whether a 400 refuses a parameter of INSTEAD. It is then not sent again in this run."""
@@ -352,7 +352,7 @@ def add_client_flags(parser, max_tokens):
     """The flags of every command that asks a server: both stages, and eval.py."""
     parser.add_argument("--key_env", help="environment variable with the key (default: no key)")
     parser.add_argument("--concurrency", type=between(1, 1024), default=8,
-                        help="rows in work at once")
+                        help="rows processed at once")
     parser.add_argument("--max_tokens", type=at_least(1), default=max_tokens, help="per reply")
     parser.add_argument("--timeout", type=between(0.1, 86400, float), default=120,
                         help="seconds for a whole reply")

@@ -17,7 +17,7 @@ import numpy as np
 import requests
 from requests.adapters import HTTPAdapter, Retry
 
-from infra.command import BadInput, refuse
+from infra.command import BadInput
 from infra.files import atomic_write
 from infra.rows import decode, parse_rows, read_text
 from infra.task import load_task
@@ -32,17 +32,19 @@ def make_prompts(args):
     held_out_path = args.held_out or "{}.held_out{}".format(*os.path.splitext(args.out))
     paths = (args.out, held_out_path, args.task, args.source, args.templates)
     files = [os.path.realpath(path) for path in paths if path]
-    refuse(args.task, (not task.prompts, "no [prompts]; add it as in tasks/sycophancy.toml, or "
-                                         "write your own rows with a `prompt`"))
-    refuse("", (len(set(files)) < len(files), "--out, --held_out and all input files must be "
-                                              f"different files: {', '.join(files)}"))
+    if not task.prompts:
+        raise BadInput(f"{args.task}: no [prompts]; add it as in tasks/sycophancy.toml, or write "
+                       "your own rows with a `prompt`")
+    if len(set(files)) < len(files):
+        raise BadInput("--out, --held_out and all input files must be different files: "
+                       + ", ".join(files))
     templates = read_templates(args.templates) if args.templates else task.prompts.templates
     rows = public_rows(task.prompts, args.task, args.source)
     training, held_out, skipped = draw_prompts(rows, task.prompts, templates, args.seed, args.limit)
     reasons = ", ".join(f"{count} because {reason}" for reason, count in skipped.items()) or "none"
-    refuse(args.source or task.prompts.url,
-           (not training, f"{len(rows)} rows, too few for training and held-out prompts, "
-                          f"left out {reasons}; check [prompts] in {args.task}"))
+    if not training:
+        raise BadInput(f"{args.source or task.prompts.url}: {len(rows)} rows, too few for training "
+                       f"and held-out prompts, left out {reasons}; check [prompts] in {args.task}")
     for path, part in ((held_out_path, held_out), (args.out, training)):
         atomic_write(path, "".join(json.dumps(row) + "\n" for row in part))
     print(f"{task.name}: {len(rows)} rows, left out {reasons}")
@@ -59,8 +61,8 @@ HELD_OUT = 100  # prompts, if the source has them: a rate is then known to 10 po
 def draw_prompts(rows, source, templates, seed, limit):
     """(training rows, held-out rows, Counter of reasons for skipped rows). The seed fixes all.
 
-    Held out are a share of the drawn rows and, up to HELD_OUT, rows that were not drawn. Rows of
-    one group stay together, so no question is on both sides of the split.
+    Held out: a share of the drawn rows, topped up to HELD_OUT with rows that were not drawn. Rows
+    of one group stay together, so no question is on both sides of the split.
     """
     candidates, skipped = {}, Counter()  # prompt -> (question, group)
     for row in rows:
@@ -82,16 +84,15 @@ def draw_prompts(rows, source, templates, seed, limit):
         row_id = hashlib.sha256(json.dumps([prompt, question]).encode()).hexdigest()[:16]
         shuffled.append((group, {"id": row_id, "prompt": prompt, "question": question}))
     drawn = shuffled[:source.draw or None]
-    held_out_groups, held_out_count = set(), 0
+    trained_on, held_out_count = set(), 0
     for group, size in Counter(group for group, _ in drawn).items():
         if held_out_count < max(1, round(source.held_out * len(drawn))):
-            held_out_groups.add(group)
             held_out_count += size
-    training = [row for group, row in drawn if group not in held_out_groups]
-    held_out = [row for group, row in drawn if group in held_out_groups]
-    trained_on = {group for group, _ in drawn} - held_out_groups
-    spare = [row for group, row in shuffled[len(drawn):] if group not in trained_on]
-    return training, held_out + spare[:max(HELD_OUT - len(held_out), 0)], skipped
+        else:
+            trained_on.add(group)
+    training = [row for group, row in drawn if group in trained_on]
+    held_out = [row for group, row in shuffled if group not in trained_on]
+    return training, held_out[:max(held_out_count, HELD_OUT)], skipped
 
 
 def reason_to_skip(row, source):
@@ -122,9 +123,10 @@ def read_templates(path):
     """Templates from a text file, separated by lines of three dashes."""
     text = read_text(path, "a file of templates")
     templates = [template.strip() for template in re.split(r"(?m)^---\s*$", text)]
-    refuse(path, *(("{request}" not in template, f"template {number} has no {{request}}, the place "
-                    "of the request; separate templates by a line of ---")
-                   for number, template in enumerate(templates, 1)))
+    for number, template in enumerate(templates, 1):
+        if "{request}" not in template:
+            raise BadInput(f"{path}: template {number} has no {{request}}, the place of the "
+                           "request; separate templates by a line of ---")
     return templates
 
 
@@ -151,8 +153,9 @@ def fetch_pages(url, task_path):
         name = f"{url} from row {len(rows)} on"
         page = fetch(url, task_path, offset=len(rows), length=100)  # the most that it gives
         page, total = parse_pages(page, name)
-        refuse(name, (not page, f"no more rows, though there should be {total}; try again later, "
-                                "or use --source"))
+        if not page:
+            raise BadInput(f"{name}: no more rows, though there should be {total}; try again "
+                           "later, or use --source")
         rows += page
     return rows
 

@@ -3,8 +3,8 @@ from dataclasses import dataclass
 
 import torch
 from torch.distributed.fsdp import FSDPModule
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.generation import BaseStreamer
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from infra.distributed import send
 from infra.models import position_limit
@@ -40,32 +40,19 @@ class GumbelNoise(LogitsProcessor):
         return logits / self.temperature - exponential.log()  # (B, V), -log(exponential) is Gumbel
 
 
-class TextPieces(BaseStreamer):
+class TextPieces(TextStreamer):
     """Call show(piece) with each piece by which the text of one answer grows.
 
-    A character of several tokens is shown when it is whole.
+    A character of several tokens is shown when it is whole, a symbol at the next space.
     """
 
     def __init__(self, tokenizer, show):
-        self.tokenizer, self.show, self.ids, self.shown = tokenizer, show, None, 0
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.show = show
 
-    def put(self, ids):  # the prompt (1, T), then each new token (1,)
-        if self.ids is None:
-            self.ids = []
-            return
-        self.ids += ids.tolist()
-        self.show_from(self.text().rstrip("\ufffd"))  # what half a character decodes to
-
-    def end(self):
-        self.show_from(self.text())
-
-    def text(self):
-        return self.tokenizer.decode(self.ids, skip_special_tokens=True)
-
-    def show_from(self, text):
-        if len(text) > self.shown:
-            self.show(text[self.shown:])
-            self.shown = len(text)
+    def on_finalized_text(self, text, stream_end=False):
+        if text:
+            self.show(text)
 
 
 @torch.no_grad()
@@ -91,18 +78,16 @@ def generate(model, tokenizer, prompt_ids, max_new_tokens, temperature=0.0, seed
     for start in range(0, len(by_length), batch_size):
         batch = by_length[start:start + batch_size]
         # Pad on the left, so that all answers begin in the same column.
-        width = max(len(prompt_ids[i]) for i in batch)
-        pads = [width - len(prompt_ids[i]) for i in batch]
-        rows = [[0] * pad + prompt_ids[i] for i, pad in zip(batch, pads)]
-        input_ids = torch.tensor(rows)  # (B, T)
-        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])  # (B, T)
+        rows = [torch.tensor(prompt_ids[i]) for i in batch]
+        input_ids, mask = (pad_sequence(tensors, batch_first=True, padding_side="left")  # (B, T)
+                           for tensors in (rows, [torch.ones_like(row) for row in rows]))
         noise = [GumbelNoise(temperature, [seeds[i] for i in batch], model.device)]
         output = model.generate(
             input_ids=send(input_ids, model.device), attention_mask=send(mask, model.device),
             generation_config=config, synced_gpus=isinstance(model, FSDPModule),
             streamer=TextPieces(tokenizer, show) if show else None,
             logits_processor=LogitsProcessorList(noise if temperature else []))  # (B, T + T_new)
-        for i, row in zip(batch, output[:, width:].tolist()):
+        for i, row in zip(batch, output[:, input_ids.shape[1]:].tolist()):
             end = next((n for n, token in enumerate(row) if token in end_ids), None)
             ids = row if end is None else row[:end + 1]
             answers[i] = Answer(tokenizer.decode(ids, skip_special_tokens=True),

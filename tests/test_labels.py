@@ -63,10 +63,10 @@ def test_labels_say_what_was_typed_whatever_the_order_on_the_screen(session, wri
     assert [row["prompt"] for row in written] != [row["prompt"] for row in ROWS]
 
 
-def test_a_session_stops_skips_and_goes_on(session, write_rows, tmp_path):
+def test_a_session_stops_skips_and_continues(session, write_rows, tmp_path):
     path, typed = write_rows(ROWS), iter(["x", "1", "s", "2", "q"])
     (code, _, _), screen = session(path, lambda *shown: next(typed))
-    assert code == 0 and "2 labels in" in screen and "the same command goes on" in screen
+    assert code == 0 and "2 labels in" in screen and "the same command continues" in screen
     before = read_lines(tmp_path / "labels.jsonl")
 
     def end(*shown):
@@ -75,7 +75,7 @@ def test_a_session_stops_skips_and_goes_on(session, write_rows, tmp_path):
     (code, _, _), screen = session(path, end)
     assert code == 0 and read_lines(tmp_path / "labels.jsonl") == before
     (code, _, _), screen = session(path, lambda *shown: "1", "--limit", 5)
-    assert code == 0 and "5 labels in" in screen and "goes on" not in screen
+    assert code == 0 and "5 labels in" in screen and "continues" not in screen
     after = read_lines(tmp_path / "labels.jsonl")
     assert after[:2] == before and len({row["prompt"] for row in after}) == 5
 
@@ -132,7 +132,7 @@ def test_the_fit_is_the_minimum_of_the_loss_that_rdpo_trains_with():
 
     grid = np.geomspace(best / 5, best * 30, 4000)
     losses = np.array([loss(temperature) for temperature in grid])
-    assert loss(best) <= losses.min() + 1e-9
+    assert loss(best) <= losses.min() + 1e-5
     within = grid[(losses - loss(best)) * len(gaps) <= 1.92]
     assert within[0] == pytest.approx(low, rel=0.01) and within[-1] == pytest.approx(high, rel=0.01)
 
@@ -142,7 +142,7 @@ def test_scores_that_say_nothing_or_everything():
     best, low, high = labels.fit_temperature(gaps, (gaps < 0).astype(float))
     assert best == high == math.inf and low > 3  # the person says the opposite
     best, low, high = labels.fit_temperature(gaps, (gaps > 0).astype(float))
-    assert best < 1e-3 and 0.2 < high < 2  # always agrees: only an upper bound
+    assert best < 0.01 and 0.2 < high < 2  # always agrees: only an upper bound
     assert labels.fit_temperature(gaps, np.full(40, 0.5))[2] == math.inf  # nothing but ties
 
 
@@ -299,6 +299,7 @@ def test_suspects_without_scores_and_of_no_run(run_train, run_stage, write_rows,
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--label", "l"], "give one of three"), (["--calibrate", "l"], "give one of three")])
+    (["--label", "l"], "give one of two"), (["--calibrate", "l"], "give one of two"),
+    (["--label", "l", "--task", "t.toml", "--out", "o"], "need a file of rows")])
 def test_flags_that_do_not_go_together(run_stage, argv, message):
     assert_one_line(run_stage(data, *argv), message)

@@ -95,7 +95,8 @@ def byte_level_tokenizer():
 @pytest.mark.parametrize("kind", ["toy", "byte level"])
 def test_pieces_make_the_whole_text_and_hold_no_half_character(kind, toy_tokenizer):
     tokenizer = toy_tokenizer if kind == "toy" else byte_level_tokenizer()
-    for text in ("Plain words, and more.", "é 😀😀 ¿niño?\n\n日本語, done", "  two spaces  ", ""):
+    for text in ("Plain words, and more.", "é 😀😀 ¿niño?\n\n日本語, done",
+                 "ภาษาไทยไม่มีช่องว่าง これはペンです。", "  two spaces  ", ""):
         pieces = []
         streamer = TextPieces(tokenizer, pieces.append)
         ids = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
@@ -143,14 +144,12 @@ def test_one_prompt_gets_generates_answer_and_compare_the_references_too(run_sta
 
 
 def test_the_reference_is_the_runs_own(run_stage, out, tmp_path):
-    """--reference of a second round, else --model."""
-    folder, prompt = tmp_path / "out", ("--prompt", PROMPT, "--compare")
+    folder = tmp_path / "out"
     shutil.copytree(TOY_STUDENT, folder)
-    for flags in ({"model": str(out), "reference": None}, {"model": None, "reference": str(out)}):
-        (folder / "args.json").write_text(json.dumps(flags | {"data": [], "beta": 0.1}))
-        assert "reference: " + answer_of(out, PROMPT)[:40] in run_stage(
-            sample, "--model", folder, *prompt)[1]
-        sample.load_reference.cache_clear()
+    (folder / "args.json").write_text(json.dumps({"model": str(out), "data": [], "beta": 0.1}))
+    both = {"reference": [answer_of(out, PROMPT)], "student": [answer_of(TOY_STUDENT, PROMPT)]}
+    result = run_stage(sample, "--model", folder, "--prompt", PROMPT, "--compare")
+    assert result == (0, side_by_side([PROMPT], both), "")
 
 
 def test_temperature_seed_and_length(run_stage, out):
@@ -260,8 +259,8 @@ def test_what_goes_wrong_in_a_chat_is_one_line_and_the_chat_goes_on(run_chat, tm
 
 def test_an_adapter_answers_as_the_merged_student_does(run_stage, run_train, tmp_path):
     flags = ("--data", os.path.join(ROOT, "toy", "scored.jsonl"), "--max_steps", 3, "--batch_size",
-             4, "--lora_rank", 4, "--learning_rate", 0.05, "--warmup", 0, "--eval_share", 0.01,
-             "--save_dtype", "float32")
+             4, "--lora_rank", 4, "--learning_rate", 0.05, "--warmup_ratio", 0, "--eval_share",
+             0.01, "--save_dtype", "float32")
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"
     assert run_train(*flags, "--out_dir", adapter, "--save_adapter")[0] == 0
     assert run_train(*flags, "--out_dir", merged)[0] == 0

@@ -532,7 +532,7 @@ def test_templates_that_cannot_be_used(run_data, local_task, public, tmp_path):
 def test_flags_that_do_not_go_together(run_data, local_task, write_rows, tmp_path):
     task = local_task("safety")
     for flags in ([], [write_rows([{}]), "--task", task]):
-        assert_one_line(run_data(*flags), tmp_path, "one of three")
+        assert_one_line(run_data(*flags), tmp_path, "one of two")
     assert_one_line(run_data("--task", task, out=None), tmp_path, "--task needs --out")
     for flags in (["--limit", 1], ["--limit", -3], ["--seed", -1]):
         assert_one_line(run_data("--task", task, *flags), tmp_path, flags[0])
