@@ -26,10 +26,10 @@ import statistics
 import sys
 
 from infra.client import Client, add_stage_flags, chat
-from infra.command import Parser, at_least, printable, refuse, run
-from infra.report import show_gaps
+from infra.command import BadInput, Parser, at_least, run
+from infra.judged import report_scores, show_row
 from infra.resumable import RowFailed, Stage, digest, run_rows
-from infra.rows import as_answer, check_pair, check_prompt, question_of, stream_rows
+from infra.rows import as_answer, check_pair, check_prompt, question_of
 from infra.task import load_task
 from infra.verdicts import better, graded_score, parse_verdict, score_range, verdict_form
 
@@ -138,9 +138,11 @@ def ask_reward_model(client, args, question, answer):
 
 def check_pairwise(args, task):
     """BadInput if --pairwise has no LLM to ask, or no text to ask with."""
-    refuse("", (args.pairwise and not task, "--pairwise needs --task, an LLM as the judge"))
-    refuse(args.task, (args.pairwise and not task.judge.pairwise,
-                       "no `judge.pairwise`, which --pairwise needs; see tasks/sycophancy.toml"))
+    if args.pairwise and not task:
+        raise BadInput("--pairwise needs --task, an LLM as the judge")
+    if args.pairwise and not task.judge.pairwise:
+        raise BadInput(f"{args.task}: no `judge.pairwise`, which --pairwise needs; see "
+                       "tasks/sycophancy.toml")
 
 
 # ------------------------------------------------------------------------------------------ rows
@@ -198,62 +200,6 @@ def check_row(row, where):
     check_pair(row, where, needs_scores=False)
 
 
-def show_row(row):
-    """Print a finished row: the question, both answers, what they got and the judge's replies."""
-    print(f"======== {printable(str(row['id']))}")
-    print(f"-------- question\n{printable(question_of(row))}")
-    for name in ("rejected", "chosen"):
-        print(f"-------- {name}\n{printable(as_answer(row[name]))}")
-    for name, attempts in attempts_in(row):
-        for reply in attempts:
-            print(f"-------- the judge on {name}, finish {reply['finish']}, verdict "
-                  f"{reply['verdict']}\n{printable(reply['reply'].strip())}")
-    numbers = {key: row[key] for key in ("score_rejected", "score_chosen", "tau") if key in row}
-    print("-------- " + ", ".join(f"{key} {number}" for key, number in numbers.items()))
-
-
-def attempts_in(row):
-    """[(what was judged, the judge's replies about it)] of a row; [] from a reward model."""
-    return [(name, attempts) for name, attempts in row["judge"].items()
-            if isinstance(attempts, list) and isinstance(attempts[0], dict)]
-
-
-def report(path, adds, good):
-    """Print statistics of the numbers that were added to a file. Returns how many are not null."""
-    numbers, gaps, spreads = [], [], []
-    unread, ties_of_verdicts = [], []  # why each reply without a verdict ended; True or False
-    for _, row in stream_rows(path):
-        added = [row[key] for key in adds]
-        numbers += added
-        if None not in added:
-            gaps.append(added[0] - 0.5 if len(added) == 1 else added[1] - added[0])
-        means, is_graded = set(), False
-        for _, attempts in attempts_in(row):
-            unread += [reply["finish"] for reply in attempts if reply["verdict"] is None]
-            read = [reply for reply in attempts if reply["verdict"] is not None]
-            if read:
-                means.add(statistics.fmean(better(reply["verdict"], good) for reply in read))
-                is_graded |= "graded" in read[-1]
-            if len(read) > 1:
-                spreads.append(statistics.pstdev(reply["verdict"] for reply in read))
-        if is_graded and None not in added:
-            ties_of_verdicts.append(len(means) == 1)
-    known = len(numbers) - numbers.count(None)
-    what, number = ("answers", "a score") if len(adds) > 1 else ("rows", "a tau")
-    print(f"{known} of {len(numbers)} {what} have {number} ({100 * known / len(numbers):.1f} %); "
-          f"{len(unread)} replies had no verdict, {unread.count('length')} of them cut by "
-          f"--max_tokens; {len(numbers) // len(adds) - len(gaps)} rows lack {number}")
-    if spreads:
-        print(f"repeated verdicts: identical on {100 * spreads.count(0) / len(spreads):.1f} % of "
-              f"the answers, mean standard deviation {statistics.fmean(spreads):.2f}")
-    if ties_of_verdicts:
-        print(f"{len(ties_of_verdicts)} rows have graded scores: {sum(ties_of_verdicts)} of them "
-              "would tie by whole verdicts")
-    if gaps:
-        show_gaps(gaps, "rows" if len(adds) > 1 else "rows (tau - 1/2)")
-    return known
-
-
 # ------------------------------------------------------------------------------------- the command
 
 
@@ -280,8 +226,8 @@ def main(argv=None):
     add_stage_flags(parser, max_tokens=512, needs_server=False)
     add_judge_flags(parser)
     args = parser.parse_args(argv)
-    refuse("", (not args.reward_model and not (args.base_url and args.model),
-                "--task and --endpoint need --base_url and --model"))
+    if not args.reward_model and not (args.base_url and args.model):
+        raise BadInput("--task and --endpoint need --base_url and --model")
     task = load_task(args.task) if args.task else None
     check_pairwise(args, task)
     if args.reward_model:
@@ -297,7 +243,7 @@ def main(argv=None):
                   batch_size=32 if args.reward_model else 0)
     failed = run_rows(stage, args.data, args, counts)
     is_empty = os.path.getsize(args.out) == 0  # if no row was ever finished
-    if not is_empty and not report(args.out, adds, task.judge.good if task else "high"):
+    if not is_empty and not report_scores(args.out, adds, task.judge.good if task else "high"):
         print(f"error: no reply of {args.model} had a verdict; read the replies in {args.out}. "
               "Does --task match --data? Is --max_tokens large enough? Remove the file to judge "
               "again", file=sys.stderr)

@@ -33,8 +33,7 @@ import pytest  # noqa: E402
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TARGETS = {  # file -> names of its functions and constants, None: all
     "rdpo.py": None, "data.py": None, "infra/rounding.py": None, "infra/checkpoint.py": None,
-    "reward.py": ("parse_verdict", "verdict_after", "better", "NUMBER", "BEFORE_LABEL",
-                  "BEFORE_NUMBER", "AFTER_NUMBER", "SCALE", "VERDICT", "PLACEHOLDER")}
+    "infra/verdicts.py": None}
 TESTS = [f"tests/test_{name}.py" for name in (
     "rdpo", "layouts", "data", "rounding", "lora", "verdicts", "reward", "toy", "bad_input",
     "train", "distributed", "checkpoint")]

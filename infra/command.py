@@ -17,13 +17,6 @@ class BadInput(Exception):
     """The user gave something unusable. The text is one line: what, where, and the remedy."""
 
 
-def refuse(where, *checks):
-    """Raise BadInput("where: message") for the first (is wrong, message) check that fails."""
-    for wrong, message in checks:
-        if wrong:
-            raise BadInput(f"{where}: {message}" if where else message)
-
-
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser without abbreviated flags, whose errors are BadInput: one line."""
 

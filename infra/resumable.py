@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from infra.command import refuse
+from infra.command import BadInput
 from infra.files import only_writer
 from infra.formats import canonical
 from infra.rows import stream_rows
@@ -62,11 +62,12 @@ def checked_rows(path, limit, check, adds):
         row_id, shown = row["id"], json.dumps(row["id"])[:40]
         is_id = isinstance(row_id, (str, int)) and not isinstance(row_id, bool) and row_id != ""
         name = str(row_id)  # so 1 and "1" collide: eval.py builds longer ids from them
-        refuse(
-            where,
-            (not is_id, f"`id` is {shown}; it must be text or a whole number, or be left out"),
-            (name in used, f"the id {shown} is already used at {used.get(name)}; "
-                           "give each row its own id, or its own prompt"))
+        if not is_id:
+            raise BadInput(f"{where}: `id` is {shown}; it must be text or a whole number, or be "
+                           "left out")
+        if name in used:
+            raise BadInput(f"{where}: the id {shown} is already used at {used[name]}; give each "
+                           "row its own id, or its own prompt")
         used[name] = where
         yield where, row
 
@@ -87,15 +88,15 @@ def read_finished(path, adds, provenance_key=None, provenance=None):
                 row = json.loads(line)
             except ValueError:
                 row = None
-            refuse(f"{path}:{number}",
-                   (not isinstance(row, dict) or not {"id", *adds} <= row.keys(),
-                    "not a row that this command wrote; write to another file, or remove this one"))
+            if not isinstance(row, dict) or not {"id", *adds} <= row.keys():
+                raise BadInput(f"{path}:{number}: not a row that this command wrote; write to "
+                               "another file, or remove this one")
             found = row.get(provenance_key)
             found = found if isinstance(found, dict) else {}
             differ = [key for key, value in (provenance or {}).items() if found.get(key) != value]
-            refuse(f"{path}:{number}",
-                   (differ, f"made with another {' and '.join(differ)}; "
-                            "give the same flags as before, or write to another file"))
+            if differ:
+                raise BadInput(f"{path}:{number}: made with another {' and '.join(differ)}; give "
+                               "the same flags as before, or write to another file")
             finished[row["id"]] = digest(canonical(row), adds)
             size += len(line)
         file.truncate(size)
@@ -106,10 +107,10 @@ def check_files(source, out):
     """BadInput if `out` cannot be written, or is `source`."""
     for path in (out, f"{out}.failed.jsonl"):
         is_odd = os.path.lexists(path) and not os.path.isfile(path)  # a folder, device, dead link
-        refuse(path, (is_odd or not os.access(os.path.dirname(path) or ".", os.W_OK),
-                      "must be a file in a folder that exists and can be written to"))
-    refuse(out, (os.path.realpath(out) == os.path.realpath(source),
-                 "is also the file to read; write to another file"))
+        if is_odd or not os.access(os.path.dirname(path) or ".", os.W_OK):
+            raise BadInput(f"{path}: must be a file in a folder that exists and can be written to")
+    if os.path.realpath(out) == os.path.realpath(source):
+        raise BadInput(f"{out}: is also the file to read; write to another file")
 
 
 def find_finished(stage, source, args):
@@ -119,9 +120,9 @@ def find_finished(stage, source, args):
     for where, row in checked_rows(source, args.limit, stage.check, stage.adds):
         total += 1
         if row["id"] in finished:
-            refuse(where, (finished[row["id"]] != digest(row, stage.adds),
-                           f"{args.out} holds the id {json.dumps(row['id'])[:40]} with other "
-                           "content; write to another file"))
+            if finished[row["id"]] != digest(row, stage.adds):
+                raise BadInput(f"{where}: {args.out} holds the id {json.dumps(row['id'])[:40]} "
+                               "with other content; write to another file")
             skipped.add(row["id"])
     return total, skipped
 
@@ -152,10 +153,14 @@ def in_threads(work, rows, threads):
 
 
 def in_batches(work, rows, size):
-    """Yield (row, its row or RowFailed) from work(batch)."""
+    """Yield (row, its row or RowFailed) from work(batch). If work raises RowFailed, all fail."""
     rows = iter(rows)
     while batch := list(itertools.islice(rows, size)):
-        yield from zip(batch, work(batch))
+        try:
+            results = list(work(batch))
+        except RowFailed as error:
+            results = [error] * len(batch)
+        yield from zip(batch, results)
 
 
 def run_rows(stage, source, args, counts):
@@ -238,9 +243,9 @@ def run_batches(path, rows, adds, work, batch_size, name):
     with only_writer(path):
         finished = read_finished(path, adds)
         for row in rows:
-            refuse(path, (finished.get(row["id"], digest(row, adds)) != digest(row, adds),
-                          f"holds {json.dumps(row['id'])[:60]} by other weights, settings or "
-                          "prompt; give another --out_dir"))
+            if finished.get(row["id"], digest(row, adds)) != digest(row, adds):
+                raise BadInput(f"{path}: holds {json.dumps(row['id'])[:60]} by other weights, "
+                               "settings or prompt; give another --out_dir")
         missing = [row for row in rows if row["id"] not in finished]
         bar = tqdm(total=len(missing), desc=name, disable=None, leave=False)
         with open(path, "a", encoding="utf-8") as file, bar:

@@ -3,7 +3,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from infra.command import BadInput, first_line, one_line, refuse
+from infra.command import BadInput, first_line, one_line
 from infra.distributed import best_device
 from infra.models import load_model, position_limit
 from infra.resumable import RowFailed
@@ -19,7 +19,8 @@ class RewardModel:
         self.model = load_model(name, torch.float32 if device == "cpu" else "auto",
                                 AutoModelForSequenceClassification, "--reward_model").to(device)
         labels = self.model.config.num_labels
-        refuse(self.name, (labels != 1, f"a classifier of {labels} labels; a reward model has one"))
+        if labels != 1:
+            raise BadInput(f"{self.name}: a classifier of {labels} labels; a reward model has one")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:

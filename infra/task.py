@@ -9,7 +9,7 @@ import math
 import tomllib
 from dataclasses import MISSING, dataclass, field
 
-from infra.command import BadInput, refuse
+from infra.command import BadInput
 from infra.formats import is_text
 from infra.rows import read_text
 
@@ -64,26 +64,28 @@ def load_task(path):
     judge, prompts = task.judge, task.prompts
     label = judge.verdict.strip().rstrip(": ").casefold()
     slots = [slot for slot in ("{question}", "{first}", "{second}") if slot in judge.pairwise]
-    refuse(
-        path,
-        ("{question}" not in judge.template or "{answer}" not in judge.template,
-         "`judge.template` must hold both {question} and {answer}"),
-        (judge.pairwise and len(slots) < 3,
-         "`judge.pairwise` must hold {question}, {first} and {second}"),
-        (label not in judge.template.casefold(),
-         "`judge.verdict` must be in `judge.template`: tell the judge to end with that line"),
-        (not -math.inf < judge.lowest < judge.highest < math.inf,
-         f"`judge.lowest` must be below `judge.highest`, {judge.highest}, and both finite"),
-        (judge.good not in ("high", "low", "zero"), '`judge.good` must be "high", "low" or "zero"'))
-    if prompts:
-        refuse(
-            path,
-            (prompts.format not in ("csv", "jsonl", "json", "rows"),
-             '`prompts.format` must be "csv", "jsonl", "json" or "rows"'),
-            (not all("{request}" in template for template in prompts.templates),
-             "`prompts.templates` must each hold {request}"),
-            (prompts.draw < 0, "`prompts.draw` must be the number of prompts, or 0 for all"),
-            (not 0 < prompts.held_out < 1, "`prompts.held_out` must be a share between 0 and 1"))
+    if "{question}" not in judge.template or "{answer}" not in judge.template:
+        raise BadInput(f"{path}: `judge.template` must hold both {{question}} and {{answer}}")
+    if judge.pairwise and len(slots) < 3:
+        raise BadInput(f"{path}: `judge.pairwise` must hold {{question}}, {{first}} and {{second}}")
+    if label not in judge.template.casefold():
+        raise BadInput(f"{path}: `judge.verdict` must be in `judge.template`: tell the judge to "
+                       "end with that line")
+    if not -math.inf < judge.lowest < judge.highest < math.inf:
+        raise BadInput(f"{path}: `judge.lowest` must be below `judge.highest`, {judge.highest}, "
+                       "and both finite")
+    if judge.good not in ("high", "low", "zero"):
+        raise BadInput(f'{path}: `judge.good` must be "high", "low" or "zero"')
+    if not prompts:
+        return task
+    if prompts.format not in ("csv", "jsonl", "json", "rows"):
+        raise BadInput(f'{path}: `prompts.format` must be "csv", "jsonl", "json" or "rows"')
+    if not all("{request}" in template for template in prompts.templates):
+        raise BadInput(f"{path}: `prompts.templates` must each hold {{request}}")
+    if prompts.draw < 0:
+        raise BadInput(f"{path}: `prompts.draw` must be the number of prompts, or 0 for all")
+    if not 0 < prompts.held_out < 1:
+        raise BadInput(f"{path}: `prompts.held_out` must be a share between 0 and 1")
     return task
 
 
@@ -98,14 +100,16 @@ def from_table(kind, table, path, prefix=""):
     A key with a default may be left out or empty. The prefix names the table in messages.
     """
     fields = {item.name: item for item in dataclasses.fields(kind)}
-    refuse(path, *((key not in fields, f"`{prefix}{key}` is unknown; correct it or take it out "
-                                       f"(known keys: {', '.join(fields)})") for key in table))
+    for key in table:
+        if key not in fields:
+            raise BadInput(f"{path}: `{prefix}{key}` is unknown; correct it or take it out (known "
+                           f"keys: {', '.join(fields)})")
     for key, item in fields.items():
         required, value = item.default is item.default_factory is MISSING, table.get(key)
         right = is_text(value) if required and item.type is str else has_type(value, item.type)
         found = f"is {json.dumps(value, default=str)[:40]}" if key in table else "is missing"
-        refuse(path, (not right and (required or key in table),
-                      f"`{prefix}{key}` {found}; it must be {TYPE_NAMES[item.type]}"))
+        if not right and (required or key in table):
+            raise BadInput(f"{path}: `{prefix}{key}` {found}; it must be {TYPE_NAMES[item.type]}")
         if key in table and dataclasses.is_dataclass(item.type):
             table[key] = from_table(item.type, value, path, f"{key}.")
     return kind(**table)

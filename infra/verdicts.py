@@ -1,4 +1,4 @@
-"""A judge's reply, read: the number that is its verdict, a graded score, the JSON that holds one."""
+"""A judge's reply, read: the number that is its verdict, or a graded score."""
 import math
 import re
 import unicodedata

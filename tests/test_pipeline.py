@@ -14,6 +14,7 @@ import reward
 import teacher
 from infra.client import token_logprobs
 from infra.models import TOY_STUDENT
+from infra.verdicts import parse_verdict
 from toy import one_row, world
 from toy import server as toy
 
@@ -101,7 +102,7 @@ def test_judge_noise_stays_on_the_scale_and_repeats():
 
     def verdicts(noise):
         replies = [toy.judge(row["question"], row["chosen"], 0, noise) for row in rows]
-        return [verdicts.parse_verdict(text, toy.JUDGE) for text, _ in replies]
+        return [parse_verdict(text, toy.JUDGE) for text, _ in replies]
 
     exact, noisy = verdicts(0), verdicts(1)
     assert exact == [world.score(row["prompt"], row["chosen"]) for row in rows]

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, Scripted, assert_one_line, read_lines, says
 
 import reward
+from infra import verdicts
 from infra.client import token_logprobs
 
 TASK = f"{ROOT}/toy/task.toml"

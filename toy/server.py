@@ -38,16 +38,16 @@ JUDGE_REQUEST, PAIRWISE_REQUEST = (
 
 
 def teach(texts, seed, failure_rate):
-    """The teacher's next turn after the turns in texts: an answer, a critique, or a rewrite.
+    """The teacher's next turn after the turns in texts: an answer, then critiques and rewrites.
 
-    A rewrite always differs from the answer.
+    A critique is of the last answer or rewrite. A rewrite always differs from what it rewrites.
     """
-    prompt, answer = texts[0], texts[1] if len(texts) > 1 else None
-    rng = random.Random(f"teacher {seed} {texts[:2]}")
-    if answer is None:
-        return world.original(prompt, rng)
-    if len(texts) == 3:
-        return world.critique(prompt, answer)
+    prompt = texts[0]
+    if len(texts) == 1:
+        return world.original(prompt, random.Random(f"teacher {seed} {texts}"))
+    if len(texts) % 4 == 3:
+        return world.critique(prompt, texts[-2])
+    rng, answer = random.Random(f"teacher {seed} {texts[:-3]}"), texts[-4]
     failures = {kind: weight for kind, weight in world.REVISIONS.items() if kind != "good"}
     failed = rng.random() < failure_rate
     kind = rng.choices(list(failures), failures.values())[0] if failed else "good"

@@ -1,0 +1,63 @@
+"""Rows with a judge's scores, for a person: one row, and statistics of a file."""
+import statistics
+
+from infra.command import printable
+from infra.report import show_gaps
+from infra.rows import as_answer, question_of, stream_rows
+from infra.verdicts import better
+
+
+def show_row(row):
+    """Print a finished row: the question, both answers, what they got and the judge's replies."""
+    print(f"======== {printable(str(row['id']))}")
+    print(f"-------- question\n{printable(question_of(row))}")
+    for name in ("rejected", "chosen"):
+        print(f"-------- {name}\n{printable(as_answer(row[name]))}")
+    for name, attempts in attempts_in(row):
+        for reply in attempts:
+            print(f"-------- the judge on {name}, finish {reply['finish']}, verdict "
+                  f"{reply['verdict']}\n{printable(reply['reply'].strip())}")
+    numbers = {key: row[key] for key in ("score_rejected", "score_chosen", "tau") if key in row}
+    print("-------- " + ", ".join(f"{key} {number}" for key, number in numbers.items()))
+
+
+def attempts_in(row):
+    """[(what was judged, the judge's replies about it)] of a row; [] from a reward model."""
+    return [(name, attempts) for name, attempts in row["judge"].items()
+            if isinstance(attempts, list) and isinstance(attempts[0], dict)]
+
+
+def report_scores(path, adds, good):
+    """Print statistics of the numbers that were added to a file. Returns how many are not null."""
+    numbers, gaps, spreads = [], [], []
+    unread, ties_of_verdicts = [], []  # why each reply without a verdict ended; True or False
+    for _, row in stream_rows(path):
+        added = [row[key] for key in adds]
+        numbers += added
+        if None not in added:
+            gaps.append(added[0] - 0.5 if len(added) == 1 else added[1] - added[0])
+        means, is_graded = set(), False
+        for _, attempts in attempts_in(row):
+            unread += [reply["finish"] for reply in attempts if reply["verdict"] is None]
+            read = [reply for reply in attempts if reply["verdict"] is not None]
+            if read:
+                means.add(statistics.fmean(better(reply["verdict"], good) for reply in read))
+                is_graded |= "graded" in read[-1]
+            if len(read) > 1:
+                spreads.append(statistics.pstdev(reply["verdict"] for reply in read))
+        if is_graded and None not in added:
+            ties_of_verdicts.append(len(means) == 1)
+    known = len(numbers) - numbers.count(None)
+    what, number = ("answers", "a score") if len(adds) > 1 else ("rows", "a tau")
+    print(f"{known} of {len(numbers)} {what} have {number} ({100 * known / len(numbers):.1f} %); "
+          f"{len(unread)} replies had no verdict, {unread.count('length')} of them cut by "
+          f"--max_tokens; {len(numbers) // len(adds) - len(gaps)} rows lack {number}")
+    if spreads:
+        print(f"repeated verdicts: identical on {100 * spreads.count(0) / len(spreads):.1f} % of "
+              f"the answers, mean standard deviation {statistics.fmean(spreads):.2f}")
+    if ties_of_verdicts:
+        print(f"{len(ties_of_verdicts)} rows have graded scores: {sum(ties_of_verdicts)} of them "
+              "would tie by whole verdicts")
+    if gaps:
+        show_gaps(gaps, "rows" if len(adds) > 1 else "rows (tau - 1/2)")
+    return known
