@@ -31,8 +31,9 @@ from infra.labels import calibrate, label
 from infra.models import TOY_STUDENT, load_tokenizer
 from infra.packing import batch_tokens, pack
 from infra.report import show_report
-from infra.rows import (RowCounts, check_judges, check_pair, families, has_tau, is_cut, judge_of,
+from infra.rows import (RowCounts, check_judges, check_pair, has_tau, is_cut, judge_of,
                         stream_rows)
+from infra.split import split_train_val
 from infra.templates import control_tokens, refuse_control_tokens, template_note
 from rdpo import score_gap
 
@@ -76,9 +77,16 @@ def token_ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
-def encode_prompt(tokenizer, prompt):
-    """Token ids of prompt_text. jinja2.TemplateError if the chat template refuses the prompt."""
-    return token_ids(tokenizer, prompt_text(tokenizer, prompt))
+def encode_prompt(tokenizer, prompt, where="the prompt"):
+    """Token ids of prompt_text. BadInput names `where` if the chat template cannot take it."""
+    name = tokenizer.name_or_path
+    if isinstance(prompt, list) and not tokenizer.chat_template:
+        raise BadInput(f"{name}: its tokenizer has no chat template, which {where} needs; give an "
+                       "instruct model, or plain-text prompts")
+    try:
+        return token_ids(tokenizer, prompt_text(tokenizer, prompt))
+    except TemplateError as error:
+        raise BadInput(f"{name}: its chat template refuses {where}: {error}") from error
 
 
 def encode_answers(tokenizer, prompt, answers):
@@ -212,23 +220,6 @@ def encode_pair(row, where, tokenizer, max_length, needs_scores, counts):
         return counts.drop("chosen equals rejected after truncation", where)
     group = None if row.get("group") is None else json.dumps(row["group"], sort_keys=True)
     return Pair(where, prompt, *cut, gap, tau, group, behaviour, judge, scale)
-
-
-def split_train_val(pairs, share, seed, at_most=256):
-    """(training pairs, validation pairs): siblings (see Pair.names) stay on one side.
-
-    Validation gets a share of the families of siblings, at most `at_most` of them.
-    """
-    family_of, smallest = families([pair.names for pair in pairs]), {}
-    for pair, family in zip(pairs, family_of):
-        ids = tuple(pair.prompt_ids)
-        smallest[family] = min(ids, smallest.get(family, ids))
-    ordered = sorted(smallest, key=smallest.get)  # whatever the order of the rows
-    count = min(math.ceil(len(ordered) * share), at_most) if len(ordered) > 1 else 0
-    order = np.random.default_rng(seed).permutation(len(ordered))
-    val = {ordered[i] for i in order[:count]}
-    return ([pair for pair, family in zip(pairs, family_of) if family not in val],
-            [pair for pair, family in zip(pairs, family_of) if family in val])
 
 
 def epoch_order(count, seed, epoch):

@@ -27,7 +27,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jinja2 import TemplateError
 
 from data import collate, encode_prompt, load_pairs, micro_batches
 from infra.client import Client, add_client_flags
@@ -66,25 +65,13 @@ def generate_turns(model, tokenizer, rows, task, args):
             prompts = [as_messages(prompt) + [{"role": "assistant", "content": answer.text},
                                               {"role": "user", "content": request}]
                        for prompt, answer in zip(prompts, turns[-1])]
-        prompt_ids = [encode(tokenizer, prompt, row) for prompt, row in zip(prompts, rows)]
+        prompt_ids = [encode_prompt(tokenizer, prompt, f"the prompt of row {row['row']!r:.40}")
+                      for prompt, row in zip(prompts, rows)]
         # A row has the same seed for all systems: where two of them agree, so do their samples.
         seeds = [zlib.crc32(f"{args.seed} {len(turns)} {row['row']}".encode()) for row in rows]
         turns.append(generate(model, tokenizer, prompt_ids, args.max_new_tokens,
                               args.temperature, seeds, args.batch_size))
     return turns
-
-
-def encode(tokenizer, prompt, row):
-    """Token ids of the prompt of a row. BadInput if the chat template cannot take it."""
-    if isinstance(prompt, list) and not tokenizer.chat_template:
-        raise BadInput(f"{tokenizer.name_or_path}: its tokenizer has no chat template, which "
-                       "--self_refine and prompts that are lists of messages need; give an "
-                       "instruct model, or plain-text prompts")
-    try:
-        return encode_prompt(tokenizer, prompt)
-    except TemplateError as error:
-        raise BadInput(f"{tokenizer.name_or_path}: its chat template refuses the prompt of row "
-                       f"{row['row']!r:.40}: {error}") from error
 
 
 def answer_rows(path, system, model, tokenizer, rows, task, args):

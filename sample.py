@@ -13,7 +13,6 @@ import os
 import sys
 
 import torch
-from jinja2 import TemplateError
 
 from data import encode_prompt
 from infra.command import BadInput, Parser, at_least, one_line, path, printable, run, warn
@@ -52,10 +51,7 @@ def ask(model, tokenizer, prompt, args, seed, said=None):
         said.append(piece)
         print(printable(piece), end="", flush=True)
 
-    try:
-        prompt_ids = encode_prompt(tokenizer, prompt)
-    except TemplateError as error:
-        raise BadInput(f"the chat template refuses this: {error}") from error
+    prompt_ids = encode_prompt(tokenizer, prompt)
     limit = position_limit(model)
     if len(prompt_ids) >= limit:
         raise BadInput(f"the prompt has {len(prompt_ids)} tokens, but the model reads {limit}, "

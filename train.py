@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import infra.distributed as ranks
 from data import (collate, count_chosen, count_tokens, epoch_order, load_pairs, micro_batches,
-                  prompt_text, split_train_val)
+                  prompt_text)
 from infra import checkpoint, models, selfcheck
 from infra.card import write_card
 from infra.command import (BadInput, Parser, above_0, at_least, between, number, one_line, path,
@@ -31,6 +31,7 @@ from infra.rounding import Masters
 from infra.rows import check_judges
 from infra.runlog import (TABLE_HEAD, StagePeaks, compile_note, peak_memory_mib, print_plan,
                           table_line)
+from infra.split import split_train_val
 from infra.templates import template_note
 from rdpo import LOSSES, judged_tau, plain_sequence_logps, rdpo_loss, sequence_logps
 from sample import sample_answers, sample_rows, show_answers
@@ -328,23 +329,9 @@ def finish(args, began, tokenizer, train_pairs, val, trained, peaks, changed):
 
 
 def check_saved(val, trained, args):
-    """Print and return the validation margin of the student read back beside the trained one's.
-
-    The margin is before beta, in nats: the change of the log-odds between the two answers. Rank 0
-    evaluates alone: the other ranks have left. Warns if it moved by a tenth, and by 0.05 nats.
-    """
-    student = models.load_model(args.out_dir, dtype="auto")
-    # Wide enough to round nothing, and no wider: in 16 bits it fits where it was trained.
-    models.cast_weights(student, torch.promote_types(student.dtype, getattr(torch, args.dtype)))
-    student.to(args.device if models.fits(student, args.device) else "cpu")
-    saved, trained = (metrics["eval/rewards/margins"] / args.beta
-                      for metrics in (evaluate(student, val, args)[0], trained))
-    line = f"as saved: margin {saved:.2f} of {trained:.2f} (validation pairs, nats, before beta)"
-    print(line)
-    if not abs(saved - trained) <= max(0.1 * abs(trained), 0.05):  # or nan
-        warn(f"the student in {args.out_dir} is not the one that was trained: its weights were "
-             "rounded. Try --save_dtype float32; see docs/sixteen_bits.md")
-    return line
+    """Evaluate the student read back from out_dir: see selfcheck.compare_saved."""
+    saved = evaluate(models.load_saved(args), val, args)[0]
+    return selfcheck.compare_saved(saved, trained, args)
 
 
 def load_train_val(args, tokenizer):

@@ -30,10 +30,11 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import train  # noqa: E402
-from data import encode_prompt, load_pairs, split_train_val  # noqa: E402
+from data import encode_prompt, load_pairs  # noqa: E402
 from eval import answer_logps  # noqa: E402
 from infra.generate import generate  # noqa: E402
 from infra.models import load_model, load_tokenizer  # noqa: E402
+from infra.split import split_train_val  # noqa: E402
 
 SERVER = """
 import sys, time, xllamacpp

@@ -105,6 +105,14 @@ def fits(model, device):
     return sum(weight.nbytes for weight in model.parameters()) < 0.75 * torch.cuda.mem_get_info()[0]
 
 
+def load_saved(args):
+    """The student in out_dir, on the run's device if it leaves room there."""
+    student = load_model(args.out_dir, dtype="auto")
+    # Wide enough to round nothing, and no wider: in 16 bits it fits where it was trained.
+    cast_weights(student, torch.promote_types(student.dtype, getattr(torch, args.dtype)))
+    return student.to(args.device if fits(student, args.device) else "cpu")
+
+
 def tokens_that_fit(model, checkpointing):
     """--tokens_per_batch by the memory that a GPU has left beside a model: 1,024 to 8,192.
 

@@ -204,21 +204,6 @@ def few(names):
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def families(items):
-    """A label for each item, a list of names. Items that share a name have the same label."""
-    parent = {}  # name -> a name of the same family; a root is its own parent
-
-    def root(name):
-        while parent.setdefault(name, name) != name:
-            parent[name] = name = parent[parent[name]]
-        return name
-
-    for first, *others in items:
-        for other in others:
-            parent[root(other)] = root(first)
-    return [root(first) for first, *_ in items]
-
-
 # --------------------------------------------------------------------------------- what is refused
 
 

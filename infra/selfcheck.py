@@ -125,3 +125,18 @@ def check_step(step, loss, grad_norm, scaler, pairs, values, state_dir):
     rows = [where for where, good in judged if not good] or [where for where, _ in judged]
     raise BadInput(f"step {step + 1}: loss {loss}, gradient norm {grad_norm}, rows "
                    f"{', '.join(rows[:3])}; {remedy(step, state_dir)}")
+
+
+def compare_saved(saved, trained, args):
+    """Print and return a line: the validation margins of the saved and of the trained student.
+
+    They are before beta, in nats: the change of the log-odds between the two answers. Warns if
+    saving moved the margin by a tenth, and by 0.05 nats.
+    """
+    saved, trained = (metrics["eval/rewards/margins"] / args.beta for metrics in (saved, trained))
+    line = f"as saved: margin {saved:.2f} of {trained:.2f} (validation pairs, nats, before beta)"
+    print(line)
+    if not abs(saved - trained) <= max(0.1 * abs(trained), 0.05):  # or nan
+        warn(f"the student in {args.out_dir} is not the one that was trained: its weights were "
+             "rounded. Try --save_dtype float32; see docs/sixteen_bits.md")
+    return line

@@ -12,14 +12,15 @@ from conftest import ROOT, random_pairs, read_metrics
 
 import data
 from data import (Pair, batch_tokens, collate, encode_pair, epoch_order, load_pairs, micro_batches,
-                  split_train_val, truncate)
+                  truncate)
 from infra import packing
 from infra.command import BadInput
 from infra.formats import canonical
 from infra.models import load_tokenizer
 from infra.packing import pack
-from infra.rows import (RowCounts, check_judges, check_pair, check_prompt, families, read_rows,
+from infra.rows import (RowCounts, check_judges, check_pair, check_prompt, read_rows,
                         stream_rows)
+from infra.split import families, split_train_val
 
 ROW = {"prompt": "Tell me about tea.", "chosen": "Tea is a drink.", "rejected": "No.",
        "score_chosen": 4, "score_rejected": 1.5}

@@ -489,7 +489,7 @@ def test_self_refinement_is_one_growing_conversation(run_eval, monkeypatch, tmp_
         return [Answer(f"reply {len(asked)}", "stop", [1], [2, 3]) for _ in prompts]
 
     monkeypatch.setattr(evaluation, "generate", generate)
-    monkeypatch.setattr(evaluation, "encode_prompt", lambda tokenizer, prompt: prompt)
+    monkeypatch.setattr(evaluation, "encode_prompt", lambda tokenizer, prompt, where: prompt)
     code, out, err = run_eval("--self_refine", "--task", TASK, prompts=PROMPTS[:1])
     assert code == 0 and len(asked) == 5, err  # the student, the base, and three turns
     assert asked[0] == asked[1] == asked[2] == [PROMPTS[0]["prompt"]]

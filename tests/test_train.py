@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 import eval as evaluation
 import rdpo
 import train
-from data import collate, count_chosen, epoch_order, load_pairs, micro_batches, split_train_val
+from data import collate, count_chosen, epoch_order, load_pairs, micro_batches
 from infra import models
 from infra.command import BadInput
 from infra.models import TOY_STUDENT
@@ -30,6 +30,7 @@ from infra.packing import longest_row
 from infra.reference import ReferenceCache, keys_of
 from infra.runlog import compile_note
 from infra.selfcheck import check_equal
+from infra.split import split_train_val
 
 
 def args_for(**changes):
