@@ -310,7 +310,7 @@ def micro_batches(pairs, indices, tokens_per_batch, share_prefix, rank=0, world_
     A micro-batch holds pairs of similar length, at most tokens_per_batch tokens (one answer per
     row: with their padding); a longer pair gets one of its own. Ranks take turns by length, so
     that each gets its share of long pairs. All ranks get the same number of micro-batches: under
-    FSDP every forward pass needs all ranks, or they wait for ever. A rank with fewer gets empty
+    FSDP every forward pass needs all ranks, or they wait forever. A rank with fewer gets empty
     ones at the end.
     """
     def size(i):

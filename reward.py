@@ -9,10 +9,9 @@
         --base_url URL --model NAME
     python reward.py --endpoint /classify --data ... --out ... --base_url URL --model NAME
 
-With --task an LLM judges as the task's [judge] section says; with --pairwise it compares the two
-answers, and the row gets "tau" in place of scores. With --endpoint a reward model gives
-one number per text: vLLM's /classify, /score or /pooling, or /predict of text-embeddings-inference
-(URL such as http://127.0.0.1:8000). With --reward_model FOLDER_OR_HUB_ID there is no server: the
+--task: an LLM judges, as the task's [judge] section says. With --pairwise it compares the two
+answers, and the row gets "tau" in place of scores. --endpoint: a reward model's server gives one
+number per text (URL such as http://127.0.0.1:8000). --reward_model FOLDER_OR_HUB_ID: the reward
 model runs in this process. Crashes and failures are handled as in teacher.py.
 
 A reply without a verdict is asked for again at temperature 0.7, because at 0 it would repeat. After
@@ -27,7 +26,8 @@ import sys
 
 from infra.client import Client, add_stage_flags, chat
 from infra.command import BadInput, Parser, at_least, run
-from infra.judged import report_scores, show_row
+from infra.endpoints import ENDPOINTS, ask_reward_model
+from infra.judgements import report, show_row
 from infra.resumable import RowFailed, Stage, digest, run_rows
 from infra.rows import as_answer, check_pair, check_prompt, question_of
 from infra.task import load_task
@@ -40,7 +40,7 @@ def ask(client, judge, args, template, texts, score_of):
     """(score or None, attempts): the mean of --samples scores, or None if one is missing.
 
     texts fill the template's slots. score_of(verdict) gives the score of one verdict, or None.
-    attempts holds {"verdict", "finish", "reply"} of each reply, for the row.
+    attempts holds what the row keeps of each reply.
     """
     # One pass over the template: a "{answer}" inside a question stays as it is.
     request = re.sub(r"\{(\w+)\}", lambda slot: texts.get(slot[1], slot[0]), template)
@@ -55,23 +55,28 @@ def ask(client, judge, args, template, texts, score_of):
                          temperature=0 if greedy else 0.7,
                          seed=None if greedy else sample + args.samples * retry,
                          response_format=form, logprobs=True, top_logprobs=10)
-            verdict = parse_verdict(reply.text, judge, reply.finish)
-            attempt = {"verdict": verdict, "finish": reply.finish,
-                       "reply": reply.text or reply.problem}
-            if reply.thinking:
-                attempt["thinking"] = reply.thinking
+            score, attempt = read_reply(reply, judge, score_of)
             if "temperature" in client.refused:
                 attempt["temperature"] = "the server's default"
             attempts.append(attempt)
-            score = None if verdict is None else score_of(verdict)
-            graded = None if score is None else graded_score(
-                reply.logprobs, verdict, judge, score_of)
-            if graded is not None:
-                score = attempt["graded"] = graded
             if score is not None:
                 scores.append(score)
                 break
     return (statistics.fmean(scores) if len(scores) == args.samples else None), attempts
+
+
+def read_reply(reply, judge, score_of):
+    """(score or None, {"verdict", "finish", "reply", ...} for the row). Graded where it can be."""
+    verdict = parse_verdict(reply.text, judge, reply.finish)
+    attempt = {"verdict": verdict, "finish": reply.finish, "reply": reply.text or reply.problem}
+    if reply.thinking:
+        attempt["thinking"] = reply.thinking
+    score = None if verdict is None else score_of(verdict)
+    if score is not None:
+        graded = graded_score(reply.logprobs, verdict, judge, score_of)
+        if graded is not None:
+            score = attempt["graded"] = graded
+    return score, attempt
 
 
 def compare(client, judge, args, question, answer, other):
@@ -89,94 +94,40 @@ def compare(client, judge, args, question, answer, other):
     return win, [attempts_first, attempts_second]
 
 
-# ---------------------------------------------------------------------------------- reward models
-
-
-def chat_body(question, answer):
-    return {"messages": [{"role": "user", "content": question},
-                         {"role": "assistant", "content": answer}], "use_activation": False}
-
-
-def pooled(reply):
-    """The numbers of a /pooling reply: one, or one per token; the last token saw the whole text."""
-    numbers = reply["data"][0]["data"]
-    return numbers[-1] if isinstance(numbers[-1], list) else numbers
-
-
-# Address -> (request body for a question and an answer, numbers in the reply). All ask for the raw
-# score, not one squeezed into 0..1. The first two apply the chat template; the others send a pair.
-ENDPOINTS = {
-    "/classify": (chat_body, lambda reply: reply["data"][0]["probs"]),
-    "/pooling": (chat_body, pooled),
-    "/score": (lambda question, answer: {"text_1": question, "text_2": answer,
-                                         "use_activation": False},
-               lambda reply: [reply["data"][0]["score"]]),
-    "/predict": (lambda question, answer: {"inputs": [question, answer], "raw_scores": True},
-                 lambda reply: [label["score"] for label in reply]),
-}
-
-
-def ask_reward_model(client, args, question, answer):
-    """A reward model's score. RowFailed if the model gives several numbers: a classifier."""
-    body_of, numbers_of = ENDPOINTS[args.endpoint]
-
-    def read(reply):
-        numbers = numbers_of(reply)
-        if not all(type(number) in (int, float) and -1e300 < number < 1e300 for number in numbers):
-            raise ValueError("not a finite number")
-        usage = isinstance(reply, dict) and reply.get("usage") or {}  # optional
-        client.count(tokens_in=usage.get("prompt_tokens") or 0)
-        return numbers
-
-    url = client.base_url.removesuffix("/v1") + args.endpoint
-    numbers = client.post(url, {"model": args.model} | body_of(question, answer), read)
-    if len(numbers) != 1:
-        raise RowFailed(f"{args.endpoint} gave {len(numbers)} numbers for one text; "
-                        "a reward model gives one (a single label)")
-    return numbers[0]
-
-
-def check_pairwise(args, task):
-    """BadInput if --pairwise has no LLM to ask, or no text to ask with."""
-    if args.pairwise and not task:
-        raise BadInput("--pairwise needs --task, an LLM as the judge")
-    if args.pairwise and not task.judge.pairwise:
-        raise BadInput(f"{args.task}: no `judge.pairwise`, which --pairwise needs; see "
-                       "tasks/sycophancy.toml")
-
-
 # ------------------------------------------------------------------------------------------ rows
 
 
 def score_answer(client, task, args, row, answer):
     """(score or None, raw reply) for an answer to a row's question, from either kind of judge."""
     if args.endpoint:
-        score = ask_reward_model(client, args, question_of(row), answer)
+        [score] = ask_reward_model(client, args, [(question_of(row), answer)])
         return score, score
-    texts = {"question": question_of(row), "answer": answer}
-    return ask(client, task.judge, args, task.judge.template, texts,
+    return ask(client, task.judge, args, task.judge.template,
+               {"question": question_of(row), "answer": answer},
                lambda verdict: better(verdict, task.judge.good))
 
 
 def score_row(client, task, args, row):
-    """The row with both scores and the judge's raw replies added."""
-    scores, raw = {}, {}
-    for name in ("rejected", "chosen"):
-        score, raw[name] = score_answer(client, task, args, row, as_answer(row[name]))
-        scores["score_" + name] = score
-    return row | scores | {"judge": raw}
+    """The row with an LLM's score of both answers and its raw replies added."""
+    (rejected, replies), (chosen, more) = (
+        score_answer(client, task, args, row, as_answer(row[name]))
+        for name in ("rejected", "chosen"))
+    return row | {"score_rejected": rejected, "score_chosen": chosen,
+                  "judge": {"rejected": replies, "chosen": more}}
 
 
-def score_rows(model, rows):
-    """score_row for several rows, by a RewardModel in this process. Yields a row or RowFailed."""
-    names = ("rejected", "chosen")
-    scores = model.scores([(question_of(row), as_answer(row[name]))
-                           for row in rows for name in names])
-    for row, *own in zip(rows, scores[::2], scores[1::2]):
-        failed = [score for score in own if isinstance(score, RowFailed)]
+def score_rows(scores_of, rows):
+    """Yield each row with a reward model's scores added, or RowFailed.
+
+    scores_of([(question, answer)]) gives a score or RowFailed for each.
+    """
+    scores = scores_of([(question_of(row), as_answer(row[name]))
+                        for row in rows for name in ("rejected", "chosen")])
+    for row, rejected, chosen in zip(rows, scores[::2], scores[1::2]):
+        failed = [score for score in (rejected, chosen) if isinstance(score, RowFailed)]
         yield failed[0] if failed else row | {
-            "score_" + name: score for name, score in zip(names, own)} | {
-            "judge": dict(zip(names, own))}
+            "score_rejected": rejected, "score_chosen": chosen,
+            "judge": {"rejected": rejected, "chosen": chosen}}
 
 
 def compare_row(client, task, args, row):
@@ -215,6 +166,15 @@ def add_judge_flags(parser):
                         help="the judge compares two answers, in both orders")
 
 
+def check_pairwise(args, task):
+    """BadInput if --pairwise has no LLM to ask, or no text to ask with."""
+    if args.pairwise and not task:
+        raise BadInput("--pairwise needs --task, an LLM as the judge")
+    if args.pairwise and not task.judge.pairwise:
+        raise BadInput(f"{args.task}: no `judge.pairwise`, which --pairwise needs; see "
+                       "tasks/sycophancy.toml")
+
+
 def main(argv=None):
     parser = Parser("Stage 2: a judge or a reward model scores both answers of every row.")
     judges = parser.add_mutually_exclusive_group(required=True)
@@ -230,20 +190,23 @@ def main(argv=None):
         raise BadInput("--task and --endpoint need --base_url and --model")
     task = load_task(args.task) if args.task else None
     check_pairwise(args, task)
+    client = None if args.reward_model else Client(args)
     if args.reward_model:
         from infra.reward_model import RewardModel  # imports torch; the other judges need none
         args.model, args.endpoint = args.reward_model, "transformers"
-        work, counts = functools.partial(score_rows, RewardModel(args.model)), None
+        work, batch_size = functools.partial(score_rows, RewardModel(args.model).scores), 32
+    elif args.endpoint:
+        scores_of = functools.partial(ask_reward_model, client, args)
+        work, batch_size = functools.partial(score_rows, scores_of), ENDPOINTS[args.endpoint][0]
     else:
-        client, work_on = Client(args), compare_row if args.pairwise else score_row
-        work, counts = functools.partial(work_on, client, task, args), client.counts
+        work_on, batch_size = compare_row if args.pairwise else score_row, 0
+        work = functools.partial(work_on, client, task, args)
     adds = ("tau",) if args.pairwise else ("score_rejected", "score_chosen")
     stage = Stage(adds=(*adds, "judge"), provenance_key="judge", check=check_row, work=work,
-                  provenance=provenance(task, args), show=show_row,
-                  batch_size=32 if args.reward_model else 0)
-    failed = run_rows(stage, args.data, args, counts)
+                  provenance=provenance(task, args), show=show_row, batch_size=batch_size)
+    failed = run_rows(stage, args.data, args, client and client.counts)
     is_empty = os.path.getsize(args.out) == 0  # if no row was ever finished
-    if not is_empty and not report_scores(args.out, adds, task.judge.good if task else "high"):
+    if not is_empty and not report(args.out, adds, task.judge.good if task else "high"):
         print(f"error: no reply of {args.model} had a verdict; read the replies in {args.out}. "
               "Does --task match --data? Is --max_tokens large enough? Remove the file to judge "
               "again", file=sys.stderr)

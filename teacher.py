@@ -28,28 +28,24 @@ def self_critique(client, task, args, row):
 
     Returns the row with the three texts added. Raises the errors of Client.post.
     """
-    messages = opening(task, row["prompt"])
-
-    def turn(request=None):
+    messages, replies = opening(task, row["prompt"]), []
+    for request in (None, task.critique, task.revision):  # the prompt asks for the first answer
         if request:
             messages.append({"role": "user", "content": request})
         reply = chat(client, messages, args.model, args.max_tokens, args.temperature)
         if reply.problem:
             raise RowFailed(reply.problem)
         messages.append({"role": "assistant", "content": reply.text})
-        return reply
-
-    answer = turn()
-    critique = turn(task.critique)
-    rewrite = turn(task.revision)
-    replies = (answer, critique, rewrite)
-    thinking = [reply.thinking for reply in replies]  # kept, never sent back, never trained on
-    thinking = {"thinking": thinking} if any(thinking) else {}
-    return row | {
-        "rejected": answer.text, "critique": critique.text, "chosen": rewrite.text,
-        # infra.rows.is_cut reads finish: the original answer's first, the final rewrite's last.
-        "teacher": {"finish": [reply.finish for reply in replies],
-                    "tokens": sum(reply.tokens for reply in replies)} | thinking}
+        replies.append(reply)
+    answer, critique, rewrite = replies
+    # infra.rows.is_cut reads finish: the original answer's first, the final rewrite's last.
+    teacher = {"finish": [reply.finish for reply in replies],
+               "tokens": sum(reply.tokens for reply in replies)}
+    thinking = [reply.thinking for reply in replies]
+    if any(thinking):  # kept, never sent back, never trained on
+        teacher["thinking"] = thinking
+    return row | {"rejected": answer.text, "critique": critique.text, "chosen": rewrite.text,
+                  "teacher": teacher}
 
 
 def opening(task, prompt):

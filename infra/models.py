@@ -70,7 +70,7 @@ def load_model(model, dtype=torch.float32, kind=AutoModelForCausalLM, flag="--mo
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # a table of missing weights: see below
     # On Hopper GPUs SDPA prefers cuDNN, whose backward gives nan for some masked rows
-    # (github.com/pytorch/pytorch/issues/196678) and which plans anew for every shape.
+    # (github.com/pytorch/pytorch/issues/196678) and which plans again for every shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         loaded, found = kind.from_pretrained(model, dtype=dtype, output_loading_info=True)

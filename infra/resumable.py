@@ -127,23 +127,39 @@ def find_finished(stage, source, args):
     return total, skipped
 
 
-def in_threads(work, rows, threads):
-    """Yield (row, work(row)), or (row, the error it raised), in the order of completion."""
+def outcomes(stage, rows, threads):
+    """Yield (row, its finished row or the error of its work), in the order of completion.
+
+    Without threads the work runs here. If a batch fails as a whole, each of its rows is tried
+    alone: one bad row does not hold the others back.
+    """
+    def attempt(batch):
+        try:
+            results = stage.work(batch) if stage.batch_size else [stage.work(batch[0])]
+            return list(zip(batch, results, strict=True))
+        except Exception as error:
+            if isinstance(error, RowFailed) and len(batch) > 1:
+                return [outcome for row in batch for outcome in attempt([row])]
+            return [(row, error) for row in batch]
+
+    batches = iter(lambda: list(itertools.islice(rows, stage.batch_size or 1)), [])
+    done = in_threads(attempt, batches, threads) if threads else map(attempt, batches)
+    return itertools.chain.from_iterable(done)
+
+
+def in_threads(work, items, threads):
+    """Yield work(item) for each item, in the order of completion. work must not raise."""
     tasks, results = queue.Queue(), queue.Queue()
 
     def worker():
         while True:
-            row = tasks.get()
-            try:
-                results.put((row, work(row)))
-            except Exception as error:
-                results.put((row, error))
+            results.put(work(tasks.get()))
 
     for _ in range(threads):
         threading.Thread(target=worker, daemon=True).start()  # Ctrl-C does not wait for daemons
     in_flight = 0
-    for row in rows:
-        tasks.put(row)
+    for item in items:
+        tasks.put(item)
         in_flight += 1
         if in_flight == 2 * threads:  # one in work and one waiting per thread; memory stays flat
             yield results.get()
@@ -152,23 +168,12 @@ def in_threads(work, rows, threads):
         yield results.get()
 
 
-def in_batches(work, rows, size):
-    """Yield (row, its row or RowFailed) from work(batch). If work raises RowFailed, all fail."""
-    rows = iter(rows)
-    while batch := list(itertools.islice(rows, size)):
-        try:
-            results = list(work(batch))
-        except RowFailed as error:
-            results = [error] * len(batch)
-        yield from zip(batch, results)
-
-
 def run_rows(stage, source, args, counts):
     """Finish the rows of `source` that args.out lacks. Returns the number of failed rows.
 
-    args has out, limit, concurrency and show; counts is the client's Counter, for the summary, or
-    None without a server.
-    All rows are checked before the first request. Ends early after STOP_AFTER failures in a row.
+    args has out, limit, concurrency and show. counts is the client's Counter, for the summary;
+    None: no server, the work runs in this thread. All rows are checked before the first request.
+    Ends early after STOP_AFTER failures in a row.
     """
     check_files(source, args.out)
     with only_writer(args.out):
@@ -187,9 +192,8 @@ def finish_rows(stage, source, args, counts):
     bar = tqdm(total=total, initial=len(skipped), unit="row", disable=None, leave=False)
     try:
         with bar, open(args.out, "a", encoding="utf-8") as out:
-            results = (in_batches(stage.work, rows, stage.batch_size) if stage.batch_size
-                       else in_threads(stage.work, rows, args.concurrency))
-            for row, result in results:
+            threads = 0 if counts is None else args.concurrency
+            for row, result in outcomes(stage, rows, threads):
                 if isinstance(result, RowFailed):
                     with open(failed_path, "a", encoding="utf-8") as file:
                         write_line(file, row | {"failed": str(result)})
@@ -208,7 +212,7 @@ def finish_rows(stage, source, args, counts):
                     if args.show:
                         with bar.external_write_mode():
                             stage.show(result)
-                if counts:
+                if counts is not None:
                     tokens = counts["tokens_in"] + counts["tokens_out"]
                     bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
                 bar.update()

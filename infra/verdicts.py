@@ -8,8 +8,8 @@ from infra.client import split_thinking
 from infra.rows import FINISHED
 
 NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
-# A label begins a line, a sentence or a JSON key, maybe behind words such as "So my". In the middle
-# of a sentence, or behind a quotation mark, it is no verdict.
+# A label begins a line, a sentence or a JSON key; words such as "So my" may precede it. In the
+# middle of a sentence, or behind a quotation mark, it is no verdict.
 BEFORE_LABEL = re.compile(
     r"""(?: \n\W* | [{\[,]\s*["'] | [.!?:;,)}|(\[]\s* | \\text\{ )
         (?: (?:so|thus|hence|therefore|overall|and|my|the|a|i|give|it) \s+ )* $""", re.I | re.X)

@@ -11,6 +11,8 @@ from conftest import ROOT, Scripted, assert_one_line, read_lines, says
 import reward
 from infra import verdicts
 from infra.client import token_logprobs
+from infra.endpoints import ENDPOINTS
+from infra.resumable import RowFailed, Stage, outcomes
 
 TASK = f"{ROOT}/toy/task.toml"
 
@@ -138,6 +140,57 @@ def test_reward_model(endpoint, scripted, run_stage, write_rows, tmp_path):
         assert row["judge"] == provenance | {"rejected": -1.25, "chosen": 3.5}
     request = json.dumps(server.requests[0])
     assert "question 0" in request and "first 0" in request
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 8])
+@pytest.mark.parametrize("poison", [None, "second 2"])
+def test_an_endpoint_that_takes_a_list_of_texts(
+        at_once, poison, scripted, run_stage, write_rows, tmp_path, monkeypatch):
+    """One entry of ENDPOINTS is all. A text that the server refuses fails its own row alone."""
+    def script(path, request):
+        assert path == "/rank" and len(request["texts"]) <= at_once
+        if poison in request["texts"]:
+            return {"oops": "too long"}
+        return {"rewards": [-1.25 if "first" in text else float(text[-1])
+                            for text in request["texts"]]}
+
+    monkeypatch.setitem(ENDPOINTS, "/rank", (
+        at_once, lambda texts: {"texts": [answer for _, answer in texts]},
+        lambda reply: [[number] for number in reply["rewards"]]))
+    server, out = scripted(script), tmp_path / "out"
+    code, printed, err = run_stage(reward, *flags(server, write_rows(ROWS), out, endpoint="/rank",
+                                                  concurrency=2, retries=0))
+    rows = {row["id"]: row for row in read_lines(out)}
+    wanted = {row["id"]: (-1.25, float(row["id"][1:])) for row in ROWS
+              if row["chosen"] != poison}
+    assert code == (poison is not None), err
+    assert {name: (row["score_rejected"], row["score_chosen"])
+            for name, row in rows.items()} == wanted
+    if poison:
+        (failed,) = read_lines(f"{out}.failed.jsonl")
+        assert failed["id"] == "r2" and "sent an unexpected reply" in failed["failed"]
+    else:
+        assert len(server.requests) == {1: 12, 3: 4, 8: 2}[at_once]
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("size", [0, 1, 4])
+def test_work_that_fails_is_treated_alike_in_threads_and_batches(threads, size):
+    def one(row):
+        if row["n"] % 5 == 3:
+            raise RowFailed(f"bad {row['n']}")
+        return row | {"done": True}
+
+    stage = Stage(adds=(), provenance_key="", provenance={}, check=None, batch_size=size,
+                  work=(lambda rows: [one(row) for row in rows]) if size else one)
+    rows = [{"n": n} for n in range(10)]
+    found = {row["n"]: result for row, result in outcomes(stage, iter(rows), threads)}
+    assert len(found) == 10
+    for n, result in found.items():
+        assert str(result) == f"bad {n}" if n in (3, 8) else result == {"n": n, "done": True}
+    stage.work = lambda given: 1 / 0  # not the rows' fault: every row has it, and the run stops
+    assert {type(result) for _, result in outcomes(stage, iter(rows), threads)} == {
+        ZeroDivisionError}
 
 
 def test_a_reward_model_need_not_count_tokens(scripted, run_stage, write_rows, tmp_path):

@@ -1,4 +1,4 @@
-"""Rows with a judge's scores, for a person: one row, and statistics of a file."""
+"""Judged rows, printed: one row with the judge's replies, and the statistics of a whole file."""
 import statistics
 
 from infra.command import printable
@@ -27,26 +27,24 @@ def attempts_in(row):
             if isinstance(attempts, list) and isinstance(attempts[0], dict)]
 
 
-def report_scores(path, adds, good):
+def report(path, adds, good):
     """Print statistics of the numbers that were added to a file. Returns how many are not null."""
     numbers, gaps, spreads = [], [], []
-    unread, ties_of_verdicts = [], []  # why each reply without a verdict ended; True or False
+    unread, ties = [], []  # why replies without a verdict ended; do whole verdicts tie, per row
     for _, row in stream_rows(path):
         added = [row[key] for key in adds]
         numbers += added
-        if None not in added:
-            gaps.append(added[0] - 0.5 if len(added) == 1 else added[1] - added[0])
-        means, is_graded = set(), False
+        verdicts = []  # of each answer, or each order
         for _, attempts in attempts_in(row):
             unread += [reply["finish"] for reply in attempts if reply["verdict"] is None]
-            read = [reply for reply in attempts if reply["verdict"] is not None]
-            if read:
-                means.add(statistics.fmean(better(reply["verdict"], good) for reply in read))
-                is_graded |= "graded" in read[-1]
-            if len(read) > 1:
-                spreads.append(statistics.pstdev(reply["verdict"] for reply in read))
-        if is_graded and None not in added:
-            ties_of_verdicts.append(len(means) == 1)
+            verdicts.append([reply["verdict"] for reply in attempts
+                             if reply["verdict"] is not None])
+        spreads += [statistics.pstdev(several) for several in verdicts if len(several) > 1]
+        if None not in added:
+            gaps.append(added[0] - 0.5 if len(added) == 1 else added[1] - added[0])
+            if any("graded" in attempts[-1] for _, attempts in attempts_in(row)):
+                ties.append(1 == len({statistics.fmean(better(verdict, good) for verdict in several)
+                                      for several in verdicts}))
     known = len(numbers) - numbers.count(None)
     what, number = ("answers", "a score") if len(adds) > 1 else ("rows", "a tau")
     print(f"{known} of {len(numbers)} {what} have {number} ({100 * known / len(numbers):.1f} %); "
@@ -55,9 +53,9 @@ def report_scores(path, adds, good):
     if spreads:
         print(f"repeated verdicts: identical on {100 * spreads.count(0) / len(spreads):.1f} % of "
               f"the answers, mean standard deviation {statistics.fmean(spreads):.2f}")
-    if ties_of_verdicts:
-        print(f"{len(ties_of_verdicts)} rows have graded scores: {sum(ties_of_verdicts)} of them "
-              "would tie by whole verdicts")
+    if ties:
+        print(f"{len(ties)} rows have graded scores: {sum(ties)} of them would tie by whole "
+              "verdicts")
     if gaps:
         show_gaps(gaps, "rows" if len(adds) > 1 else "rows (tau - 1/2)")
     return known
