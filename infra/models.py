@@ -88,7 +88,8 @@ def load_model(model, dtype=torch.float32, kind=AutoModelForCausalLM, flag="--mo
 
 def position_limit(model):
     """The longest row in tokens that a model reads; math.inf if its config sets no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit or math.inf
 
 
 def cast_weights(model, dtype):

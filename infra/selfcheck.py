@@ -1,4 +1,5 @@
 """Checks of the fast path against the slow one, and of the policy against its reference."""
+import itertools
 import math
 
 import torch
@@ -27,45 +28,72 @@ def check_equal(what, logps, expected, tokens, dtype, remedy):
         raise BadInput(f"{what} differ by up to {difference.max():.4g}; {remedy}")
 
 
+def check_lengths(policy, longest, args):
+    """BadInput if a row of so many tokens is too long for the model, or for its rope.
+
+    Longrope takes other frequencies for a whole batch if one of its conversations exceeds a limit:
+    a pair's log-probability would depend on its neighbours. (Dynamic rope does so beyond the
+    length that the model takes.)
+    """
+    limits = {"the model takes": position_limit(policy)}
+    parameters = vars(policy.config.get_text_config()).get("rope_parameters") or {}
+    for rope in (parameters, *parameters.values()):  # or one per type of layer
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+            limits["its rope (longrope) depends on the batch beyond"] = rope[
+                "original_max_position_embeddings"]
+    for why, limit in limits.items():
+        if longest > limit:
+            raise BadInput(f"--max_length {args.max_length}: the longest row has {longest} tokens, "
+                           f"but {why} {limit}; --max_length {limit}")
+
+
+# What a config says about attention that counts columns of a row, not positions: GPT-Neo, Llama 4.
+BY_COLUMN = ("attention_chunk_size", "attn_temperature_tuning", "attention_types", "window_size")
+
+
 @torch.no_grad()
 def can_share_prefix(policy, pairs, args, fast_logps, plain_logps):
     """Whether the model can read whole pairs [prompt | chosen | rejected ...] in one sequence.
 
-    Decided by trying it on the longest pair that fits and the shortest: architectures differ in
-    how they take masks and positions. plain_logps(policy, pairs) gives (2B,) from the model's own
-    logits, fast_logps(pairs, share_prefix) from one of the two layouts. BadInput if the layout
-    with one answer per row is wrong too, or a row is too long for the model.
+    Decided by trying it, because architectures differ in how they take masks and positions: on the
+    longest pair that fits beside the shortest, on the longest of all, and on as many as a batch
+    holds in one sequence. plain_logps(policy, pairs) gives (2B,) from the model's own logits,
+    fast_logps(pairs, share_prefix) from one of the two layouts. BadInput if the layout with one
+    answer per row is wrong too, or a row is too long for the model.
     """
-    limit, longest = position_limit(policy), max(pairs, key=longest_row)
-    if longest_row(longest) > limit:
-        raise BadInput(f"--max_length {args.max_length}: the longest row has "
-                       f"{longest_row(longest)} tokens, but the model takes {limit}; "
-                       f"--max_length {limit}")
-    shortest = min(pairs, key=longest_row)
-    fitting = [pair for pair in pairs if batch_tokens(pair, False) <= args.tokens_per_batch]
-    tried = [max(fitting, key=longest_row, default=shortest), shortest]
-    tokens = [len(pair.answers[i]) for i in range(2) for pair in tried]
+    by_length = sorted(pairs, key=longest_row)
+    check_lengths(policy, longest_row(by_length[-1]), args)
+    fitting = [pair for pair in by_length if batch_tokens(pair, False) <= args.tokens_per_batch]
+    tried = [(fitting or by_length[:1])[-1], by_length[0]]
+    full = [pair for pair, tokens in zip(pairs, itertools.accumulate(
+        batch_tokens(pair, True) for pair in pairs)) if tokens <= args.tokens_per_batch]
     dtype = getattr(torch, args.dtype)
+
+    def tokens(group):
+        return [len(pair.answers[i]) for i in range(2) for pair in group]
 
     plain, separate = plain_logps(policy, tried), fast_logps(tried, False)  # (4,) each
     if not plain.isfinite().all():
         raise BadInput(f"{tried[0].where}: the reference's log-probability is not finite; are the "
                        "weights of --model sound?")
     check_equal(f"--model {policy.name_or_path}: log-probabilities from hidden states and from the "
-                "model's own logits", separate, plain, tokens, dtype,
+                "model's own logits", separate, plain, tokens(tried), dtype,
                 "an architecture that changes its logits after the output head is not supported")
-    works, reason = True, ""
+    known = vars(policy.config.get_text_config())
+    reason = next((f"its config has {name}" for name in BY_COLUMN if known.get(name)), "")
     try:
-        check_equal("log-probabilities of shared and separate rows", fast_logps(tried, True),
-                    separate, tokens, dtype, "the model ignores masks or positions")
+        for group in [] if reason else (tried, by_length[-1:], full or tried):
+            check_equal("log-probabilities of shared and separate rows", fast_logps(group, True),
+                        fast_logps(group, False), tokens(group), dtype,
+                        "the model ignores masks or positions")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever it is, the layout that is taken instead was right above
-        works, reason = False, first_line(error)
-    works, reason = ranks.broadcast((works, reason))
-    if not works:
+        reason = first_line(error)
+    reason = ranks.broadcast(reason)
+    if reason:
         print(f"layout: one answer per row; the model cannot read several in one ({reason})")
-    return works
+    return not reason
 
 
 def check_step_0(pairs, values, args, cache_path):

@@ -1,4 +1,5 @@
 """train.py as a user runs it: what it computes, what it leaves behind, killed equals not killed."""
+import dataclasses
 import functools
 import json
 import math
@@ -22,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 import eval as evaluation
 import rdpo
 import train
-from data import collate, count_chosen, epoch_order, load_pairs, micro_batches
+from data import batch_tokens, collate, count_chosen, epoch_order, load_pairs, micro_batches
 from infra import models
 from infra.command import BadInput
 from infra.models import TOY_STUDENT
@@ -438,7 +439,7 @@ def test_layout_is_one_answer_a_row_whatever_the_trial_raises(monkeypatch, capsy
 @pytest.mark.parametrize("chunk", [8, 1000])
 def test_llama_4_whose_class_names_another_models_decoder(
         run_train, write_rows, tmp_path, toy_rows, toy_tokenizer, monkeypatch, chunk):
-    """Its attention sees chunks; a row that is longer than one cannot hold both answers."""
+    """Its attention sees chunks of columns: a row that packs pairs may be longer than one."""
     monkeypatch.setitem(ARCHITECTURES, "llama4", build(
         "Llama4", **GROUPED, head_dim=8, num_local_experts=2, intermediate_size_mlp=48,
         attention_chunk_size=chunk))
@@ -447,7 +448,7 @@ def test_llama_4_whose_class_names_another_models_decoder(
     code, out, err = run_train("--data", write_rows(toy_rows[:30]), "--max_steps", 1, "--model",
                                tmp_path / "model")
     assert code == 0, err
-    assert ("layout: one answer per row" in out) == (chunk == 8)
+    assert "one answer per row" in out and "its config has attention_chunk_size" in out
 
 
 def test_layout_is_tried_on_the_longest_pair_that_a_batch_holds(monkeypatch):
@@ -462,7 +463,66 @@ def test_layout_is_tried_on_the_longest_pair_that_a_batch_holds(monkeypatch):
         train.choose_layout(tiny_model(), pairs, args_for(tokens_per_batch=bound))
     lengths = [longest_row(pair) for pair in pairs]
     fitting = max(length for length in lengths if length <= 30)
-    assert [longest_row(pair) for pair in tried[::2]] == [max(lengths), fitting, min(lengths)]
+    firsts = [longest_row(pair) for pair in tried]
+    assert len(firsts) == 3 * 7 and firsts[::7] == [max(lengths), fitting, min(lengths)]
+    assert firsts[3::7] == 3 * [max(lengths)]  # the longest of all too, whether it fits or not
+
+
+@pytest.mark.parametrize("columns", [None, 8])
+def test_an_architecture_that_differs_on_long_rows_only(monkeypatch, capsys, tmp_path, columns):
+    """A window of columns: right where the rows are short, which is all that a batch can hold.
+
+    columns=None: control, an ordinary model keeps the shared layout on the same rows.
+    """
+    short, long = random_pairs(40), []
+    short = [pair for pair in short if batch_tokens(pair, True) <= 24][:4]
+    for pair in random_pairs(4, seed=1):
+        long.append(dataclasses.replace(pair, where=f"long {pair.where}",
+                                        prompt_ids=pair.prompt_ids * 9))
+    model = tiny_model()
+    monkeypatch.setattr(rdpo, "attention_mask", windowed(columns, rdpo.attention_mask))
+    args = args_for(tokens_per_batch=60)
+    shared = train.choose_layout(model, short + long, args)
+    assert shared == (columns is None)
+    data, _ = dataset_of(model, short + long, args, tmp_path, shared)
+    plain = rdpo.plain_sequence_logps(model, short + long).view(2, -1)
+    assert torch.allclose(data.ref_chosen_logps, plain[0], atol=1e-3)
+    assert torch.allclose(data.ref_rejected_logps, plain[1], atol=1e-3)
+
+
+def windowed(columns, attention_mask):
+    """attention_mask, but beyond 60 columns a token sees only so many of them."""
+    def mask_of(model, batch):
+        mask = attention_mask(model, batch)
+        width = mask.shape[-1]
+        if columns and width > 60:
+            far = torch.arange(width)[:, None] - torch.arange(width) >= columns
+            mask = mask.masked_fill(far, torch.finfo(mask.dtype).min)
+        return mask
+
+    return mask_of
+
+
+@pytest.mark.parametrize("name, rope, message", [
+    ("Phi3", {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [9.0] * 4},
+     r"rope \(longrope\) depends on the batch beyond 24; --max_length 24"),
+    ("Llama", {"rope_type": "dynamic", "factor": 4.0}, "the model takes 24; --max_length 24")])
+def test_rope_that_depends_on_the_batch_is_refused_beyond_its_limit(
+        monkeypatch, name, rope, message):
+    limit = {"original_max_position_embeddings": 24} if name == "Phi3" else {
+        "max_position_embeddings": 24}
+    monkeypatch.setitem(ARCHITECTURES, "rope", build(
+        name, **GROUPED | limit, rope_parameters=rope | {"rope_theta": 10000.0}))
+    model, pairs = tiny_model("rope"), random_pairs(40)
+    within = [pair for pair in pairs if longest_row(pair) <= 24]
+    beyond = [pair for pair in pairs if longest_row(pair) > 24]
+    assert train.choose_layout(model, within, args_for())
+    with pytest.raises(BadInput, match=message):
+        train.choose_layout(model, within + beyond[:1], args_for())
+    # The trap is there: a neighbour changes a pair's log-probability.
+    alone, beside = (rdpo.sequence_logps(model, collate(group))[0]
+                     for group in (within[:1], within[:1] + beyond[:1]))
+    assert (alone - beside).abs() > 1e-3
 
 
 def test_gradient_checkpointing_changes_no_result(
