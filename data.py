@@ -8,7 +8,9 @@ A row is a JSON object that grows from stage to stage of the pipeline:
 
     row -> prompt_text, answer_text    the chat template
         -> Pair                        token ids, cut to max_length
-        -> micro_batches, collate      Batch: tensors of sequences
+        -> micro_batches, collate      Batch: tensors, whose rows are rows of tokens
+
+Skip infra/ on a first reading.
 
     python data.py scored.jsonl [--model DIR]      report on the rows; one pair token by token
     python data.py scored.jsonl --label labels.jsonl      label pairs; --calibrate: T from labels
@@ -60,9 +62,10 @@ def answer_text(tokenizer, prompt, before, answer):
     if tokenizer.chat_template:
         messages = as_messages(prompt) + [{"role": "assistant", "content": answer}]
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
-        # Some templates render a finished turn differently (thinking blocks): then answer + eos.
+        # Some templates render a finished turn differently: then it stays the answer, and eos.
         if whole.startswith(before) and answer.strip() in whole[len(before):]:
             after = whole[len(before):]
+    # The first control token behind the answer's text ends the turn.
     end = after.index(answer.strip()) + len(answer.strip())
     found = [(start, token) for token in control_tokens(tokenizer)
              if (start := after.find(token, end)) >= 0]
@@ -73,12 +76,13 @@ def answer_text(tokenizer, prompt, before, answer):
 
 
 def token_ids(tokenizer, text):
-    """Without the tokenizer's warning of a long text: truncate() may still cut it."""
+    """Token ids of a text, or of each of a list of texts."""
+    # verbose=False: no warning of a long text, as truncate() may still cut it.
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
 def encode_prompt(tokenizer, prompt, where="the prompt"):
-    """Token ids of prompt_text. BadInput names `where` if the chat template cannot take it."""
+    """Token ids of prompt_text, to generate from. BadInput if the chat template cannot take it."""
     name = tokenizer.name_or_path
     if isinstance(prompt, list) and not tokenizer.chat_template:
         raise BadInput(f"{name}: its tokenizer has no chat template, which {where} needs; give an "
@@ -90,7 +94,7 @@ def encode_prompt(tokenizer, prompt, where="the prompt"):
 
 
 def encode_answers(tokenizer, prompt, answers):
-    """(ids of the prompt, [ids of each answer]), such that both in turn are what the model reads.
+    """(ids of the prompt, [ids of each answer]): one after the other they are what a model reads.
 
     jinja2.TemplateError if the chat template refuses the prompt or an answer.
     """
@@ -114,10 +118,10 @@ def truncate(prompt_ids, chosen_ids, rejected_ids, max_length):
     Both answers keep the same prompt. A cut answer loses its end-of-turn token, so nothing
     teaches the student to stop in mid-sentence.
     """
-    room = max_length - max(len(chosen_ids), len(rejected_ids))
-    keep = min(len(prompt_ids), max(room, MIN_PROMPT))
-    room = max(max_length - keep, 0)
-    return prompt_ids[len(prompt_ids) - keep:], chosen_ids[:room], rejected_ids[:room]
+    for_prompt = max(max_length - max(len(chosen_ids), len(rejected_ids)), MIN_PROMPT)
+    keep = min(len(prompt_ids), for_prompt)
+    for_answer = max(max_length - keep, 0)
+    return prompt_ids[len(prompt_ids) - keep:], chosen_ids[:for_answer], rejected_ids[:for_answer]
 
 
 # ----------------------------------------------------------------------------------- rows to pairs
@@ -131,7 +135,7 @@ class Pair:
     prompt_ids: list
     chosen_ids: list
     rejected_ids: list
-    score_gap: float = math.nan  # s_r - s_o in points on a 5-point scale, nan without both scores
+    score_gap: float = math.nan  # s_r - s_o on a scale of 0 to 5, nan without both scores
     tau: float = math.nan  # the row's own tau, nan if it has none
     group: str | None = None  # the row's `group` as JSON
     behaviour: str = ""
@@ -145,7 +149,7 @@ class Pair:
 
     @property
     def names(self):
-        """Names of this pair, any of which its siblings share: ids, uncut prompt, group."""
+        """What it may share with siblings, which the split keeps together: prompt or group."""
         names = tuple(self.prompt_ids), json.dumps(as_messages(self.prompt)), self.group
         return [name for name in names if name is not None]
 
@@ -187,7 +191,7 @@ def load_pairs(path, tokenizer, max_length, needs_scores, skip_bad_rows=False):
 
 
 def encode_pair(row, where, tokenizer, max_length, needs_scores, counts):
-    """The Pair of a canonical row; None if the row is left out, which drop() counts."""
+    """The Pair of a canonical row. None if it is left out: counts.drop() counts it."""
     prompt, chosen, rejected, scores, tau = check_pair(row, where, needs_scores)
     if not has_tau(row) and not {"score_chosen", "score_rejected"} <= row.keys():
         counts.unscored.append(where)
@@ -230,19 +234,19 @@ def epoch_order(count, seed, epoch):
 # -------------------------------------------------------------------------------- pairs to batches
 
 
-PADDING = -1  # the segment of what stands behind a sequence
+PADDING = -1  # the segment of the padding at the end of a row
 
 
 @dataclass
 class Batch:
-    """B pairs as R sequences of L tokens, padded on the right; N response tokens in all."""
-    share_prefix: bool  # a sequence holds whole pairs; else one prompt and answer
+    """B pairs as R rows of L tokens, padded on the right; N tokens of all answers."""
+    share_prefix: bool  # a row holds whole pairs; else one prompt and one answer
     input_ids: torch.Tensor  # (R, L)
     segments: torch.Tensor  # (R, L) 3 * pair + 0: prompt, 1: chosen, 2: rejected; or PADDING
     position_ids: torch.Tensor  # (R, L) position in the token's own conversation
     hidden_index: torch.Tensor  # (N,) 0 to R * L - 1: the state that predicts each target
-    targets: torch.Tensor  # (N,) response tokens: all chosen answers, then all rejected ones
-    response_lengths: list  # 2B lengths that add up to N
+    targets: torch.Tensor  # (N,) tokens of all chosen answers, then of all rejected ones
+    answer_lengths: list  # 2B lengths that add up to N
 
     def to(self, device):
         return dataclasses.replace(self, **{
@@ -251,7 +255,7 @@ class Batch:
 
 
 def collate(pairs, share_prefix=False, rows=None):
-    """A Batch of pairs, padded with 0. Lengths tell what is padding, as 0 is a token id too.
+    """A Batch of pairs, padded with 0. As 0 is a token id too, segments say what is padding.
 
     share_prefix=False   R = 2B: [prompt | chosen] of every pair, then [prompt | rejected]
     share_prefix=True    R <= B: [prompt | chosen | rejected] of one pair, or of several as `rows`
@@ -260,21 +264,22 @@ def collate(pairs, share_prefix=False, rows=None):
 
     Anything with prompt_ids and as many answers (lists of ids) as the others can be a pair.
     """
-    numbers = range(len(pairs[0].answers))  # 0: chosen, 1: rejected
+    both = range(len(pairs[0].answers))  # 0: chosen, 1: rejected
+    # Each row of tokens as a list of (pair, its answers there): [(0, [0, 1]), (3, [0, 1])], say.
     if share_prefix:
-        rows = rows or pack([batch_tokens(pair, True) for pair in pairs])
-        sequences = [[(i, numbers) for i in row] for row in rows]
+        rows = [[(i, both) for i in row]
+                for row in rows or pack([batch_tokens(pair, True) for pair in pairs])]
     else:
-        sequences = [[(i, [a])] for a in numbers for i in range(len(pairs))]
+        rows = [[(i, [a])] for a in both for i in range(len(pairs))]
     width = max(sum(len(pairs[i].prompt_ids) + sum(len(pairs[i].answers[a]) for a in own)
-                    for i, own in sequence) for sequence in sequences)
-    input_ids, position_ids = torch.zeros(2, len(sequences), width, dtype=torch.long)  # (R, L) each
+                    for i, own in row) for row in rows)
+    input_ids, position_ids = torch.zeros(2, len(rows), width, dtype=torch.long)  # (R, L) each
     segments = torch.full_like(input_ids, PADDING)  # (R, L)
-    responses = {}  # (answer, pair) -> the states that predict its tokens, the tokens
+    found = {}  # (answer, pair) -> the states that predict its tokens, the tokens
 
-    for r, sequence in enumerate(sequences):
+    for r, row in enumerate(rows):
         end = 0
-        for i, own in sequence:
+        for i, own in row:
             start, end = end, end + len(pairs[i].prompt_ids)
             input_ids[r, start:end] = torch.tensor(pairs[i].prompt_ids)
             position_ids[r, start:end] = torch.arange(end - start)
@@ -288,8 +293,8 @@ def collate(pairs, share_prefix=False, rows=None):
                 segments[r, start:end] = 3 * i + 1 + a
                 # The state before a token predicts it; the prompt's last one predicts the first.
                 states = torch.tensor([last_of_prompt, *range(start, end - 1)])
-                responses[a, i] = r * width + states, tokens
-    hidden_index, targets = zip(*(responses[a, i] for a in numbers for i in range(len(pairs))))
+                found[a, i] = r * width + states, tokens
+    hidden_index, targets = zip(*(found[a, i] for a in both for i in range(len(pairs))))
     return Batch(share_prefix, input_ids, segments, position_ids, torch.cat(hidden_index),
                  torch.cat(targets), [len(tokens) for tokens in targets])
 

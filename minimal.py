@@ -33,15 +33,15 @@ def encode(prompt, answer=None):
 
 def logp(ids, start):
     """log pi(answer | prompt): the sum over the answer's tokens, which begin at ids[start]."""
-    ids = torch.tensor([ids])  # (1, T)
-    logits = policy(input_ids=ids).logits[0, :-1]  # (T-1, V): position t predicts token t + 1
-    logps = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]  # (T-1,)
+    ids = torch.tensor([ids])  # (1, L)
+    logits = policy(input_ids=ids).logits[0, :-1]  # (L-1, V): position t predicts token t + 1
+    logps = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]  # (L-1,)
     return logps[start - 1:].sum()
 
 
 def answer(prompt):
-    ids = torch.tensor([encode(prompt)])  # (1, T)
-    output = policy.generate(ids, max_new_tokens=64, do_sample=False)  # (1, T + T_new)
+    ids = torch.tensor([encode(prompt)])  # (1, L)
+    output = policy.generate(ids, max_new_tokens=64, do_sample=False)  # (1, L + L_new)
     return tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True)
 
 
@@ -54,18 +54,20 @@ tau = torch.sigmoid(gaps / temperature)  # (P,)
 
 # The reference is the student before training: its log-probabilities are computed once.
 with torch.no_grad():
-    reference = [logp(chosen, start) - logp(rejected, start) for chosen, rejected, start in pairs]
+    ref_log_odds = [logp(chosen, start) - logp(rejected, start)
+                    for chosen, rejected, start in pairs]
 print(f"before: {answer(rows[0]['prompt'])}")
 
 # The loop: one optimizer step per batch_size pairs, in random order.
 optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
-order = np.random.default_rng([0, 0]).permutation(len(pairs))
+order = np.random.default_rng([0, 0]).permutation(len(pairs))  # [seed, epoch]
 steps = math.ceil(len(pairs) / batch_size)
 for step in range(steps):
-    batch, mean_loss = order[step * batch_size:(step + 1) * batch_size], 0.0
+    batch = order[step * batch_size:(step + 1) * batch_size]
+    mean_loss = 0.0
     for i in batch:
         chosen, rejected, start = pairs[i]
-        margin = beta * (logp(chosen, start) - logp(rejected, start) - reference[i])
+        margin = beta * (logp(chosen, start) - logp(rejected, start) - ref_log_odds[i])
         # Cross-entropy of the policy's preference sigmoid(margin) against tau. Its gradient by the
         # margin is sigmoid(margin) - tau: learning stops where the student agrees with the judge.
         loss = -tau[i] * F.logsigmoid(margin) - (1 - tau[i]) * F.logsigmoid(-margin)

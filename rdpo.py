@@ -1,15 +1,15 @@
 """The algorithm: refined DPO, from two log-probabilities and two scores to a loss.
 
 A teacher answered a prompt q twice: an original y_o (`rejected`) and its own revision y_r
-(`chosen`). An external reward model scored both: s_o (`score_rejected`), s_r (`score_chosen`).
+(`chosen`). A judge, another model, scored both: s_o (`score_rejected`), s_r (`score_chosen`).
 A student, the `policy` pi, learns from the pair. It stays near the `reference` ref, which is the
 student before training:
 
     m   = beta * [log pi(y_r|q) - log ref(y_r|q) - log pi(y_o|q) + log ref(y_o|q)]   margin
     p   = sigmoid(m)                                     the policy's P(y_r beats y_o)
-    tau = sigmoid((s_r - s_o) / T)                       the reward model's P(y_r beats y_o)
-    L   = - mean [tau * log p + (1 - tau) * log(1 - p)]
-    dL/dm = p - tau, per pair                            zero where policy and reward model agree
+    tau = sigmoid((s_r - s_o) / T)                       the judge's P(y_r beats y_o)
+    loss = - mean [tau * log p + (1 - tau) * log(1 - p)]
+    dloss/dm = p - tau, per pair                         zero where policy and judge agree
 
 With tau = 1 for every pair this is plain DPO (Rafailov et al. 2023, arXiv:2305.18290, equation 7).
 A tie (tau = 1/2) pulls the margin back to 0, its value under the reference. If the revision scored
@@ -19,9 +19,9 @@ This is our reading of equation (2) of Gallego 2024 (arXiv:2402.08005). The pape
 loss generalises DPO and that tau brings the scores in; the exact form of tau is inferred. It is
 one function, `preference_probability`, so another reading is a change of one line.
 
-Shapes: P pairs of a dataset; B pairs of a batch; R rows of L tokens (R <= B if a row holds whole
-pairs, R = 2B if it holds one prompt and answer); N response tokens in all; D hidden size; V
-vocabulary size. This file needs torch alone and can be copied out.
+Shapes: P pairs of a dataset; B pairs of a micro-batch, which is what one forward pass takes; R rows
+of L tokens (R <= B if a row holds whole pairs, R = 2B if it holds one prompt and answer); N tokens
+of all answers; D hidden size; V vocabulary size. This file needs torch alone and can be copied out.
 
     python rdpo.py        print the loss and its gradient for a few score gaps
 """
@@ -35,9 +35,9 @@ import torch.nn.functional as F
 
 
 def score_gap(score_chosen, score_rejected, scale=None):
-    """s_r - s_o in points on a 5-point scale, so that one temperature T fits several judges.
+    """s_r - s_o in points on a scale of 0 to 5, so that one temperature T fits several judges.
 
-    scale is the width of the judge's own scale; None: unknown, the points count as they are.
+    scale is the judge's highest minus lowest score; None: unknown, the gap counts as it is.
     """
     return (score_chosen - score_rejected) * 5 / (scale or 5)
 
@@ -77,9 +77,9 @@ class Loss(NamedTuple):
     """A choice of --loss: preference * form(m, tau) + imitation * (-log pi(y_r|q) per token)."""
     needs_scores: bool
     target: Callable  # the judge's tau (P,) -> the tau (P,) to train on
-    preference: float
-    imitation: float
-    form: Callable = cross_entropy  # (margins (B,), tau (B,)) -> losses (B,)
+    preference: float  # weight of form(m, tau)
+    imitation: float  # weight of the imitation loss
+    form: Callable = cross_entropy  # (margins (B,), tau (B,)) -> losses (B,); a hinge, say
 
 
 LOSSES = {
@@ -96,7 +96,7 @@ def rdpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_
               tau, beta, form=cross_entropy):
     """The refined DPO loss of each pair (Gallego 2024, equation 2; see the top of this file).
 
-    The four log-probabilities are sums over a response's tokens, each (B,); tau (B,) is in
+    The four log-probabilities are sums over an answer's tokens, each (B,); tau (B,) is in
     [0, 1]; beta > 0. Returns losses (B,) and DPO's implicit rewards beta * (log pi - log ref),
     detached: chosen (B,), rejected (B,).
     """
@@ -110,15 +110,15 @@ def rdpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_
 
 
 def plain_sequence_logps(model, pairs):
-    """log pi(y|q), (2B,), the B chosen answers first, the slow and obvious way: one at a time.
+    """log pi(y|q) (2B,), the B chosen answers first: slow and obvious, one answer at a time.
 
-    sequence_logps must give the same. train.py compares the two before it trains.
+    sequence_logps must give the same: selfcheck.can_share_prefix compares the two before training.
     """
     answers = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
     answers += [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
     sums = []
-    for prompt_ids, response_ids in answers:
-        ids = torch.tensor([prompt_ids + response_ids], device=model.device)  # (1, L)
+    for prompt_ids, answer_ids in answers:
+        ids = torch.tensor([prompt_ids + answer_ids], device=model.device)  # (1, L)
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()  # (L-1, V)
         logps = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]  # (L-1,)
         sums.append(logps[len(prompt_ids) - 1:].sum())
@@ -129,10 +129,12 @@ def sequence_logps(model, batch):
     """log pi(y|q) of every answer of a data.Batch: the SUM over its tokens, end-of-turn included.
 
     Returns (2B,) float32, the B chosen answers first. The output head computes logits only for
-    positions that predict a response token.
+    positions that predict an answer's token. Its parts follow: attention_mask, logit_scaling,
+    TokenLogps.
     """
     inputs = {"input_ids": batch.input_ids}
-    if batch.share_prefix:  # else the model's own causal mask and positions are right
+    # With one answer per row padding stands behind it: the model's own mask and positions do.
+    if batch.share_prefix:
         inputs |= {"position_ids": batch.position_ids,
                    "attention_mask": attention_mask(model, batch)}
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (R, L, D)
@@ -140,7 +142,7 @@ def sequence_logps(model, batch):
     head = model.get_output_embeddings()
     logps = TokenLogps.apply(hidden, head.weight, head.bias, batch.targets,
                              *logit_scaling(model))  # (N,)
-    return torch.stack([answer.sum() for answer in logps.split(batch.response_lengths)])  # (2B,)
+    return torch.stack([answer.sum() for answer in logps.split(batch.answer_lengths)])  # (2B,)
 
 
 def attention_mask(model, batch):
@@ -151,26 +153,28 @@ def attention_mask(model, batch):
     Nor does a pair see the pair before it in the row.
 
         reads ->    prompt  chosen  rejected  prompt 2
-        prompt      part                                 part: the tokens up to itself
-        chosen      all     part                         all: every token
-        rejected    all             part                 blank: nothing
+        prompt      part
+        chosen      all     part
+        rejected    all             part
         prompt 2                              part
+
+    part: the tokens up to itself; all: every token; blank: nothing
 
     A model with a sliding window sees the last `window` positions of the conversation, which are
     not the last columns of the row. A config that names its layer types takes one mask per type.
-    (Rows of one answer need no mask: padding stands behind the answer, and the model's own causal
-    mask hides what comes later.)
     """
     column = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)  # (L,)
     query, key = batch.segments[:, :, None], batch.segments[:, None, :]  # (R, L, 1), (R, 1, L)
-    same_pair, is_prompt = key // 3 == query // 3, key % 3 == 0  # see data.Batch
+    # Segments as in data.Batch. Padding, -1, counts as a pair of its own: -1 // 3 is -1.
+    same_pair, is_prompt = key // 3 == query // 3, key % 3 == 0
     visible = (column[:, None] >= column) & same_pair & (is_prompt | (key == query))  # (R, L, L)
 
-    dtype = model.get_input_embeddings().weight.dtype  # of all that the layers compute
+    dtype = model.get_input_embeddings().weight.dtype  # the layers compute in it
 
     def additive(seen):  # (R, L, L) bool -> float: eager attention would add a bool as 0 and 1
         # CUDA's fused attention copies a mask in every layer unless its strides are multiples of
-        # 8. They are never L itself: torch.compile would make another graph for that case.
+        # 8. So its rows are 1 to 8 columns longer in memory, never 0: for a mask without a gap
+        # torch.compile would make another graph.
         rows, width, _ = seen.shape
         mask = torch.zeros(rows, width, width + 8 - width % 8, dtype=dtype,
                            device=seen.device)[..., :width]  # (R, L, L)
@@ -202,8 +206,8 @@ def logit_scaling(model):
 class TokenLogps(torch.autograd.Function):
     """log pi (N,) float32 of target tokens (N,), from hidden states (N, D) and the head (V, D).
 
-    Full logits would be the largest tensor of a step: 2,000 tokens x 152,000 words x 4 bytes =
-    1.2 GB, and their gradient as much again. Here they exist in chunks, two at a time at most.
+    Full logits would be the largest tensor of a step: 2,000 tokens x a vocabulary of 152,000 x 4
+    bytes = 1.2 GB, and their gradient as much again. Here they exist in chunks, two at a time.
     forward() keeps the hidden states and, per token, one number: the logsumexp of its logits.
     backward() computes each chunk's logits again and uses
 
@@ -229,7 +233,8 @@ class TokenLogps(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if weight.requires_grad else None  # (V, D)
         grad_bias = None if bias is None else torch.zeros_like(bias)  # (V,)
         for chunk, logits in logits_in_chunks(hidden, weight, bias, ctx.scale, ctx.cap):
-            slope = 1 - (logits / ctx.cap) ** 2 if ctx.cap else None  # of cap * tanh(x / cap)
+            # Of cap * tanh(x / cap), before the logits are written over.
+            slope = 1 - (logits / ctx.cap) ** 2 if ctx.cap else None  # (n, V)
             # -softmax + onehot, written over the logits
             grad = logits.sub_(log_totals[chunk, None]).exp_().mul_(-grad_logps[chunk, None])
             grad.scatter_add_(1, targets[chunk, None], grad_logps[chunk, None])  # (n, V)
@@ -251,7 +256,10 @@ HEAD_BYTES = {"cpu": 2**25, "cuda": 2**28, "mps": 2**28}
 
 
 def logits_in_chunks(hidden, weight, bias, scale, cap):
-    """Yield (slice of the N tokens, their logits (n, V) float32), HEAD_BYTES at a time."""
+    """Yield (slice of the N tokens, their logits (n, V) float32), HEAD_BYTES at a time.
+
+    The head's product is computed in the head's dtype, all that follows in float32.
+    """
     size = max(1, HEAD_BYTES[hidden.device.type] // (4 * len(weight)))
     for start in range(0, len(hidden), size):
         chunk = slice(start, start + size)

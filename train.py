@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-import infra.distributed as ranks
+import infra.distributed as ranks  # DDP and FSDP: one rank, 0 of 1, without torchrun
 from data import (collate, count_chosen, count_tokens, epoch_order, load_pairs, micro_batches,
                   prompt_text)
 from infra import checkpoint, models, selfcheck
@@ -55,6 +55,24 @@ class Dataset(NamedTuple):
                        *(tensor[indices] for tensor in self[2:]))
 
 
+def policy_logps(policy, batch):
+    """sequence_logps. FSDP gathers weights only around a method it knows, so call that one."""
+    if ranks.is_sharded(policy):
+        return policy.sequence_logps(batch)
+    return sequence_logps(policy, batch)
+
+
+def rank_batches(pairs, indices, share_prefix, args):
+    """This rank's micro-batches: (list of indices, whether it is real).
+
+    Under FSDP every forward pass needs all ranks. A rank with fewer micro-batches than another
+    computes a pair once more, which then does not count.
+    """
+    batches = micro_batches(pairs, indices, args.tokens_per_batch, share_prefix, ranks.rank(),
+                            ranks.world_size())
+    return [(batch or [0], bool(batch)) for batch in batches]
+
+
 def forward(policy, data, args, pair_count, chosen_tokens):
     """One micro-batch: (its part of the step's loss, {metric: its value for each pair (B,)}).
 
@@ -78,7 +96,8 @@ def forward(policy, data, args, pair_count, chosen_tokens):
 def pair_metrics(chosen_logps, rejected_logps, chosen_rewards, rejected_rewards, tau, lean):
     """{name: value of each pair (B,)}, logged as the mean over pairs. A new metric goes here.
 
-    A pair whose value is nan does not count, unless its margin is nan too.
+    nan is "no value", as an agreement with a tie, and left out of the mean. If the margin itself is
+    nan, something is broken: then it stays in the mean, where it is seen.
     """
     margins = chosen_rewards - rejected_rewards  # (B,)
     # Whether the policy prefers chosen. Equal up to rounding counts as half right.
@@ -98,15 +117,15 @@ def forward_all(policy, data, args, backward=None):
     """
     pair_count, chosen_tokens = len(data.pairs), count_chosen(data.pairs)
     total, pairs, parts = torch.zeros((), device=policy.device), [], []
-    for indices, counts in rank_batches(data.pairs, range(pair_count), data.share_prefix, args):
+    for indices, is_real in rank_batches(data.pairs, range(pair_count), data.share_prefix, args):
         part = data.part(indices)
         loss, values = forward(policy, part, args, pair_count, chosen_tokens)
-        loss = counts * loss
+        loss = is_real * loss  # 0 if it only keeps the other ranks company
         if backward:
             backward(loss)
         total += loss.detach()
-        pairs += part.pairs if counts else []
-        parts.append({name: value if counts else value[:0] for name, value in values.items()})
+        pairs += part.pairs if is_real else []
+        parts.append({name: value if is_real else value[:0] for name, value in values.items()})
     return total, pairs, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -137,24 +156,6 @@ def parts_by(data, name_of):
     return {name: data.part(own) for name, own in indices.items() if len(indices) > 1}
 
 
-def policy_logps(policy, batch):
-    """sequence_logps. FSDP gathers weights only around a method it knows, so call that one."""
-    if ranks.is_sharded(policy):
-        return policy.sequence_logps(batch)
-    return sequence_logps(policy, batch)
-
-
-def rank_batches(pairs, indices, share_prefix, args):
-    """This rank's micro-batches: (lists of indices, whether they count).
-
-    Under FSDP every forward pass needs all ranks. A rank with fewer micro-batches than another
-    computes a pair once more, which then does not count.
-    """
-    batches = micro_batches(pairs, indices, args.tokens_per_batch, share_prefix, ranks.rank(),
-                            ranks.world_size())
-    return [(batch or [0], bool(batch)) for batch in batches]
-
-
 # ---------------------------------------------------------------------------------- the reference
 
 
@@ -164,12 +165,12 @@ def make_dataset(policy, pairs, share_prefix, cache, args):
     batches = rank_batches(pairs, cache.missing(pairs), share_prefix, args)
     with cache.filling():
         # The longest first: if memory is too small, the run ends now.
-        for indices, counts in tqdm(batches[::-1], "reference", disable=ranks.rank() > 0 or None,
-                                    leave=False):
+        for indices, is_real in tqdm(batches[::-1], "reference", disable=ranks.rank() > 0 or None,
+                                     leave=False):
             own = [pairs[i] for i in indices]
             batch = collate(own, share_prefix).to(policy.device)
             logps = policy_logps(policy, batch).view(2, -1).T  # (B, 2)
-            cache.add(own if counts else [], logps)
+            cache.add(own if is_real else [], logps)
     ref_chosen_logps, ref_rejected_logps = cache.lookup(pairs)  # (P,) each
     judged = judged_tau(torch.tensor([pair.score_gap for pair in pairs]),
                         torch.tensor([pair.tau for pair in pairs]), args.tau_temperature)  # (P,)
@@ -180,7 +181,7 @@ def make_dataset(policy, pairs, share_prefix, cache, args):
 
 
 def choose_layout(policy, pairs, args):
-    """Whether one sequence can hold whole pairs: see selfcheck.can_share_prefix."""
+    """Whether one row of tokens can hold whole pairs: see selfcheck.can_share_prefix."""
     def fast_logps(tried, share_prefix):
         batch = collate(tried, share_prefix, rows=[[*range(len(tried))]])
         return policy_logps(policy, batch.to(policy.device))
@@ -234,16 +235,16 @@ def train_student(args, device, dtype):
     eval_every = args.eval_every or math.ceil(total_steps / 10)
 
     # Resume: weights, moments and step come from the state; the data order follows from the step.
-    run = checkpoint.Run(args, masters, optimizer, scaler, train, cache.name)
-    first_step = run.begin()
+    states = checkpoint.Run(args, masters, optimizer, scaler, train, cache.name)
+    first_step = states.begin()
     masters.round(first_step)
     print_plan(args, policy, train, val, cache, first_step, total_steps, weights_before,
-               saved_dtype if dtype == torch.float32 else dtype)
-    val_metrics, *own = evaluate(policy, val, args)
-    selfcheck.check_student(first_step, masters, val_metrics["eval/loss"], run.folder)
+               saved_dtype if dtype == torch.float32 else dtype)  # the 16-bit grid, if there is one
+    val_metrics, pairs, values = evaluate(policy, val, args)
+    selfcheck.check_student(first_step, masters, val_metrics["eval/loss"], states.folder)
     if first_step == 0:  # the policy is the reference: all rewards are 0
-        selfcheck.check_step_0(*own, args, cache.path)
-        run.log(step=0, epoch=0.0, **val_metrics)
+        selfcheck.check_step_0(pairs, values, args, cache.path)
+        states.log(step=0, epoch=0.0, **val_metrics)
         print(table_line(0, {}, val_metrics))
 
     # Loop: one optimizer step per batch_size pairs.
@@ -261,43 +262,44 @@ def train_student(args, device, dtype):
         epoch, n = divmod(step, steps_per_epoch)
         order = epoch_order(len(train_pairs), args.seed, epoch)
         data = train.part(order[n * args.batch_size:(n + 1) * args.batch_size])
-        loss, *own = forward_all(policy, data, args, backward)
+        loss, pairs, values = forward_all(policy, data, args, backward)
+        # In 16 bits a hook has added each gradient to its float32 master. FSDP's come only now.
         masters.collect_gradients()
         ranks.sum_gradients(flat_gradients)
-        if step == 0:
-            selfcheck.check_step_0(*own, args, cache.path)
+        if step == 0:  # as for the validation pairs above
+            selfcheck.check_step_0(pairs, values, args, cache.path)
 
-        # Update. A step that is not finite is never taken.
+        # Update. If loss or gradient is not finite the run stops; float16 skips the step.
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(masters.parameters(), args.max_grad_norm)
-        metrics = mean_metrics(loss, own[1])
+        metrics = mean_metrics(loss, values)
         grad_norm = ranks.full_tensor(grad_norm).item()
-        selfcheck.check_step(step, metrics["loss"], grad_norm, scaler, *own, run.folder)
+        selfcheck.check_step(step, metrics["loss"], grad_norm, scaler, pairs, values, states.folder)
         lr = learning_rate(step, total_steps, args)
         optimizer.param_groups[0]["lr"] = lr
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=flat_gradients is None)
+        optimizer.zero_grad(set_to_none=flat_gradients is None)  # DDP's are views of a buffer
         masters.round(step + 1)
 
         # Log, evaluate, save. Evaluate before the save: a resumed run would not do it again.
         done = step + 1
-        run.log(step=done, epoch=done / steps_per_epoch, **metrics, grad_norm=grad_norm, lr=lr,
+        states.log(step=done, epoch=done / steps_per_epoch, **metrics, grad_norm=grad_norm, lr=lr,
                 step_seconds=time.monotonic() - step_began, tokens=count_tokens(data.pairs),
                 peak_memory_mib=peak_memory_mib(device))
         progress.update()
         if done % eval_every == 0 or done == total_steps:
             val_metrics, *_ = evaluate(policy, val, args)
-            run.log(step=done, epoch=done / steps_per_epoch, **val_metrics)
+            states.log(step=done, epoch=done / steps_per_epoch, **val_metrics)
             with progress.external_write_mode():
                 print(table_line(done, metrics, val_metrics))
         stop = ranks.maximum(stop_signal.number)  # a signal to one rank stops all
         if done % args.save_every == 0 or done == total_steps or stop:
-            selfcheck.check_student(done, masters, val_metrics["eval/loss"], run.folder)
-            run.save(done)
+            selfcheck.check_student(done, masters, val_metrics["eval/loss"], states.folder)
+            states.save(done)
         if stop:
             progress.close()
-            run.stopped(done, stop)
+            states.stopped(done, stop)
     progress.close()
     for behaviour, part in parts_by(val, lambda pair: pair.behaviour).items():
         print(table_line(one_line(behaviour), {}, evaluate(policy, part, args)[0]))
@@ -305,27 +307,27 @@ def train_student(args, device, dtype):
     # Export: a Hugging Face folder that transformers, vLLM and llama.cpp load, or an adapter.
     answers_after = sample_answers(policy, tokenizer, samples, args)
     peaks.end("training")
-    changed = checkpoint.export(policy, masters, tokenizer, saved_dtype, weights_before, args)
+    saved_line = checkpoint.export(policy, masters, tokenizer, saved_dtype, weights_before, args)
     peaks.end("export")
     ranks.cleanup()
-    if changed:  # rank 0
+    if saved_line:  # on rank 0
         show_answers(samples, answers_before, answers_after)
-        return tokenizer, train_pairs, val, val_metrics, peaks, changed
+        return tokenizer, train_pairs, val, val_metrics, peaks, saved_line
 
 
-def finish(args, began, tokenizer, train_pairs, val, trained, peaks, changed):
+def finish(args, began, tokenizer, train_pairs, val, val_metrics, peaks, saved_line):
     """After training, on rank 0: curves, the saved student evaluated again, the model card."""
     training, validation = read_metrics(args.out_dir)
     lines = [TABLE_HEAD, table_line(validation[0]["step"], {}, validation[0]),
-             table_line(validation[-1]["step"], training[-1], trained)]
+             table_line(validation[-1]["step"], training[-1], val_metrics)]
     if have_matplotlib():
         draw_curves([args.out_dir], os.path.join(args.out_dir, "curves.png"))
     if not args.save_adapter and not args.skip_saved_check:
-        lines.append(check_saved(val, trained, args))
+        lines.append(check_saved(val, val_metrics, args))
         peaks.end("check")
     write_card(args, tokenizer, train_pairs, val.pairs, lines)
     print(peaks.line() + (compile_note() if args.compile else ""), end="")
-    print(f"{changed} in {args.out_dir} after {time.monotonic() - began:.0f} s")
+    print(f"{saved_line} in {args.out_dir} after {time.monotonic() - began:.0f} s")
 
 
 def check_saved(val, trained, args):
@@ -351,8 +353,8 @@ def load_train_val(args, tokenizer):
     if loss.needs_scores:
         check_judges(pairs + val_pairs)
     if args.eval_data:
-        trained = {tuple(pair.prompt_ids) for pair in pairs}
-        seen = sum(tuple(pair.prompt_ids) in trained for pair in val_pairs)
+        train_prompts = {tuple(pair.prompt_ids) for pair in pairs}
+        seen = sum(tuple(pair.prompt_ids) in train_prompts for pair in val_pairs)
         if seen:
             warn(f"{seen} of {len(val_pairs)} pairs of --eval_data have a prompt of --data")
     else:
@@ -404,7 +406,7 @@ def get_args(argv=None):
     flag("--loss", choices=LOSSES, default="rdpo")
     flag("--beta", type=above_0(), default=0.1, help="how tightly the reference holds the student")
     flag("--tau_temperature", type=above_0(), default=1.0,
-         help="T of tau, in points on a 5-point scale (rdpo)")
+         help="T of tau, in points on a scale of 0 to 5 (rdpo)")
     flag("--label_smoothing", type=number(float, lambda value: 0 <= value < 0.5,
                                           "from 0 to below 0.5"),
          default=0.0, help="tau = 1 - this (dpo)")
@@ -426,7 +428,7 @@ def get_args(argv=None):
     flag("--save_adapter", action="store_true", help="save the adapter in PEFT's format, unmerged")
     # memory and speed: these change the result by rounding at most
     flag("--tokens_per_batch", type=at_least(1),
-         help="per forward pass, unless a pair is longer (default: 1024; on CUDA what fits)")
+         help="per micro-batch, unless a pair is longer (default: 1024; on CUDA what fits)")
     flag("--gradient_checkpointing", action="store_true", help="less memory, more time")
     flag("--compile", action="store_true", help="torch.compile the model")
     flag("--fsdp", action="store_true", help="under torchrun: shard weights over the ranks")

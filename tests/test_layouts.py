@@ -28,7 +28,7 @@ def gradients(model, logps):
 
 def difference(batch, logps, right):
     """The largest difference between summed log-probabilities, per token."""
-    return ((logps - right).abs() / torch.tensor(batch.response_lengths)).max().item()
+    return ((logps - right).abs() / torch.tensor(batch.answer_lengths)).max().item()
 
 
 # --------------------------------------------------------------------------------- each prompt once
