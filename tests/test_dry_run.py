@@ -18,7 +18,7 @@ from infra.models import TOY_STUDENT
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(
     torch.version.cuda is not None, reason="needs PyTorch's CPU build: CUDA's has a guard already")]
 HERE = os.path.join(ROOT, "tests", "fakecuda")
-WAITS_PER_STEP = 3  # for the log-ratios, the metrics and the gradient norm
+WAITS_PER_STEP = 2  # for the metrics and the gradient norm; and one for the check at step 0
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def check(result, steps):
     in_step = [wait for wait in report["waits"] if wait["stage"] == "step"]
     told = "\n".join(f"{wait['count']} x {wait['what']}: {wait['where']}" for wait in in_step)
     assert not any("pageable" in wait["what"] for wait in in_step), told
-    assert 0 < sum(wait["count"] for wait in in_step) <= WAITS_PER_STEP * steps, told
+    assert 0 < sum(wait["count"] for wait in in_step) <= WAITS_PER_STEP * steps + 1, told
     # transformers waits when a token ends: is any answer unfinished, is anything padded.
     in_generation = [wait for wait in report["waits"] if wait["stage"] == "generation"]
     told = "\n".join(f"{wait['count']} x {wait['what']}: {wait['where']}" for wait in in_generation)
@@ -122,8 +122,8 @@ mask = rdpo.attention_mask
 rdpo.attention_mask = lambda *arguments: mask(*arguments).contiguous()
 """
 COPIES = """
-import data, train
-data.send = train.send = lambda tensor, device: tensor.to(device)
+import data, infra.distributed
+data.send = infra.distributed.send = lambda tensor, device: tensor.to(device)
 """
 
 
