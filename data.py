@@ -28,13 +28,13 @@ from jinja2 import TemplateError
 from infra.command import BadInput, Parser, at_least, one_line, run, template_kwargs
 from infra.distributed import send
 from infra.fetch import make_prompts
-from infra.formats import as_messages, canonical, has_input
+from infra.formats import as_messages, canonical
 from infra.labels import calibrate, label
 from infra.models import TOY_STUDENT, load_tokenizer
 from infra.packing import batch_tokens, pack
 from infra.report import show_report
 from infra.rows import (RowCounts, check_judges, check_pair, has_tau, is_cut, judge_of,
-                        stream_rows)
+                        stream_rows, weight_of)
 from infra.split import split_train_val
 from infra.templates import control_tokens, refuse_control_tokens, template_note
 from rdpo import score_gap
@@ -141,6 +141,7 @@ class Pair:
     behaviour: str = ""
     judge: str = ""  # who gave the scores, "" if the row does not say
     scale: float | None = None  # width of the judge's scale, None if the row does not say
+    weight: float = 1.0  # of its loss
     path: str = ""  # the file of rows
 
     @property
@@ -174,7 +175,8 @@ def load_pairs(path, tokenizer, max_length, needs_scores, skip_bad_rows=False):
 
     for where, row in stream_rows(path, on_bad):
         try:
-            pair = encode_pair(canonical(row), where, tokenizer, max_length, needs_scores, counts)
+            row = canonical(row, read := [])
+            pair = encode_pair(row, where, tokenizer, max_length, needs_scores, counts)
         except BadInput as error:
             on_bad(error)
             continue
@@ -182,7 +184,7 @@ def load_pairs(path, tokenizer, max_length, needs_scores, skip_bad_rows=False):
         if pair:
             pair.path = path
             pairs.append(pair)
-            counts.joined += has_input(row)
+            counts.read.update(read)
     if not pairs:
         raise BadInput(f"{path}: no row left to use: "
                        f"{'; '.join(counts.lines()) or 'it has no rows'}")
@@ -223,7 +225,8 @@ def encode_pair(row, where, tokenizer, max_length, needs_scores, counts):
     if chosen_ids == rejected_ids:
         return counts.drop("chosen equals rejected after truncation", where)
     group = None if row.get("group") is None else json.dumps(row["group"], sort_keys=True)
-    return Pair(where, prompt, *cut, gap, tau, group, behaviour, judge, scale)
+    return Pair(where, prompt, *cut, gap, tau, group, behaviour, judge, scale,
+                weight_of(row, where))
 
 
 def epoch_order(count, seed, epoch):

@@ -48,6 +48,7 @@ class Dataset(NamedTuple):
     ref_rejected_logps: torch.Tensor  # (P,)
     tau: torch.Tensor  # (P,) the target
     lean: torch.Tensor  # (P,) above 0: the judge prefers chosen; nan: not judged
+    weight: torch.Tensor  # (P,) of the pair's loss
 
     def part(self, indices):
         indices = list(indices)
@@ -81,7 +82,7 @@ def forward(policy, data, args, pair_count, chosen_tokens):
     """
     batch = collate(data.pairs, data.share_prefix).to(policy.device)
     chosen_logps, rejected_logps = policy_logps(policy, batch).view(2, -1)  # (B,) each
-    ref_chosen_logps, ref_rejected_logps, tau, lean = (
+    ref_chosen_logps, ref_rejected_logps, tau, lean, weight = (
         ranks.send(tensor, policy.device) for tensor in data[2:])  # (B,) each
     kind = LOSSES[args.loss]
     losses, chosen_rewards, rejected_rewards = rdpo_loss(
@@ -89,7 +90,7 @@ def forward(policy, data, args, pair_count, chosen_tokens):
         kind.form)
     preference = kind.preference * losses / pair_count  # (B,)
     imitation = (kind.imitation + args.sft_weight) * -chosen_logps / chosen_tokens  # (B,)
-    return (preference + imitation).sum(), pair_metrics(
+    return (weight * (preference + imitation)).sum(), pair_metrics(
         chosen_logps.detach(), rejected_logps.detach(), chosen_rewards, rejected_rewards, tau, lean)
 
 
@@ -177,7 +178,8 @@ def make_dataset(policy, pairs, share_prefix, cache, args):
     tau, smoothing = LOSSES[args.loss].target(judged), args.label_smoothing  # (P,)
     tau = (1 - smoothing) * tau + smoothing * (1 - tau)  # (P,)
     return Dataset(pairs, share_prefix, ref_chosen_logps, ref_rejected_logps, tau,
-                   torch.tensor([pair.lean for pair in pairs]))
+                   torch.tensor([pair.lean for pair in pairs]),
+                   torch.tensor([pair.weight for pair in pairs]))
 
 
 def choose_layout(policy, pairs, args):

@@ -83,7 +83,7 @@ def make_data(pairs, vocab):
     gaps = torch.tensor([pair.score_gap for pair in pairs]).nan_to_num()  # (P,), no scores: a tie
     reference = [[-len(ids) * math.log(vocab) for ids in pair.answers] for pair in pairs]
     return train.Dataset(pairs, True, *torch.tensor(reference).T, preference_probability(gaps),
-                         gaps)
+                         gaps, torch.ones(len(pairs)))
 
 
 class Step:

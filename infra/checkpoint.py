@@ -194,9 +194,15 @@ class Run:
 
 
 def content_hash(data, reference_name):
-    """Hash of what a resumed run must train on: token ids, targets, the reference's name."""
+    """Hash of what a resumed run must train on: token ids, what the judge said, the reference.
+
+    Every tensor of the Dataset counts but the reference's log-probabilities, whose name stands for
+    them, and which another machine may round otherwise.
+    """
     ids = [(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in data.pairs]
-    return hashlib.sha256(repr([ids, data.tau.tolist(), reference_name]).encode()).hexdigest()
+    numbers = [value.tolist() for name, value in data._asdict().items()
+               if torch.is_tensor(value) and not name.startswith("ref_")]
+    return hashlib.sha256(repr([ids, numbers, reference_name]).encode()).hexdigest()
 
 
 def newest_state(folder):

@@ -1,12 +1,14 @@
 """Row formats: the names and shapes that others use for our keys, made ours.
 
-Stages 1 and 2 run on machines without a GPU stack, so nothing here imports torch.
+Nothing is refused here: what cannot be read stays as it is, and infra/rows.py names it. Stages 1
+and 2 run on machines without a GPU stack, so nothing here imports torch.
 """
+import json
 import re
 
 # Our name -> what others call it: the files of the method's author, and common hub datasets.
 ALIASES = {
-    "prompt": ("instruction",),
+    "prompt": ("instruction", "question", "query", "input"),
     "chosen": ("response_revised", "summary_after", "chosen_response"),
     "rejected": ("response", "response_persona", "summary_pre", "rejected_response"),
     "score_chosen": ("score_response_revised", "score_revised", "scores_after",
@@ -14,33 +16,123 @@ ALIASES = {
     "score_rejected": ("score_response", "score_persona", "scores_pre",
                        "rejected_score", "rejected_rating", "rejected-rating"),
 }
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
+# Keys that change what the model reads. Rows with one that is not read here are refused.
+SYSTEM = ("system", "system_prompt", "system_message")  # becomes the prompt's first message
+IN_ROW = ("tools", "functions", "images", "image", "videos", "video", "audios", "audio", "context",
+          "documents", "chat_template_kwargs")
+IN_MESSAGE = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning",
+              "thinking", "images", "audio")
+EMPTY = (None, False, "", [], {}, "[]", "{}", "null")
 
 
-def canonical(row):
-    """The row with our keys added where it uses others, and chats split before the answer."""
-    row = dict(row)
+def canonical(row, names=None):
+    """The row with our keys added where it uses others, and chats split before the answer.
+
+    names, a list, receives what was read as what. A canonical row stays as it is.
+    """
+    row, names = dict(row), [] if names is None else names
     if has_input(row):
         row["prompt"] = f"{row['instruction']}\n\n{row['input']}"
-    for name, others in ALIASES.items():
+        names.append("`instruction`, an empty line and `input` as `prompt`")
+    name, ranked = ranked_answers(row)
+    if "chosen" not in row and len({rank for rank, _ in ranked}) > 1:
+        (_, row["chosen"]), (_, row["rejected"]) = (
+            pick(ranked, key=lambda one: one[0]) for pick in (min, max))
+        names.append(name)
+    for ours, others in ALIASES.items():
         for other in others:
-            if name not in row and other in row:
-                row[name] = row[other]
+            if ours not in row and other in row:
+                row[ours] = row[other]
+                names.append(f"`{other}` as `{ours}`")
+    for other in ("conversations", "messages", "context"):
+        chat = as_chat(row.get(other))
+        if "prompt" not in row and is_chat(chat) and chat[-1]["role"] == "user":
+            row["prompt"] = chat
+            names.append(f"`{other}` as `prompt`")
     if isinstance(row.get("metadata"), dict):
         for name in ("score_chosen", "score_rejected"):
             if name not in row and name in row["metadata"]:
                 row[name] = row["metadata"][name]
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if "prompt" not in row and is_transcript(chosen) and is_transcript(rejected):
-        (before, chosen), (other, rejected) = map(split_transcript, (chosen, rejected))
-        if before == other:
-            row |= {"prompt": before, "chosen": chosen, "rejected": rejected}
-    # Many hub datasets repeat the prompt inside both answers: [user, assistant].
-    elif is_chat(chosen) and is_chat(rejected) and chosen[:-1] == rejected[:-1] != []:
-        before = chosen[:-1]
-        if as_messages(row.get("prompt"))[-len(before):] != before:
-            row["prompt"] = before  # `prompt` is missing, or only a part
-        row["chosen"], row["rejected"] = chosen[-1:], rejected[-1:]
+                names.append(f"`metadata.{name}` as `{name}`")
+    join_chats(row, names)
+    before, prompt = context_of(row), as_messages(row.get("prompt"))
+    if is_chat(before) and is_chat(prompt) and prompt[:len(before)] != before:
+        if prompt[0]["role"] == "user":
+            row["prompt"] = before + prompt
+            names.append("`system` or `history` before `prompt`")
     return row
+
+
+def ranked_answers(row):
+    """(name of the format, [(rank, answer)], the lowest rank for the best) of a row with a list.
+
+    Without ranks to compare the list is empty.
+    """
+    if {"context", "response1", "response2", "overall_preference"} <= row.keys():
+        name = "HelpSteer3: `response1` is `chosen` where `overall_preference` is below 0"
+        ranked = [(row["overall_preference"], row["response1"]), (0, row["response2"])]
+    elif {"response_0", "response_1", "better_response_id"} <= row.keys():
+        name = "PKU-SafeRLHF: the response of `better_response_id` is `chosen`"
+        ranked = [(int(row["better_response_id"] != i), row[f"response_{i}"]) for i in range(2)]
+    else:
+        name = "Nectar: of `answers` the best is `chosen`, the worst `rejected`"
+        answers = row["answers"] if isinstance(row.get("answers"), list) else []
+        ranked = [(one.get("rank"), one.get("answer")) if isinstance(one, dict) else (None, one)
+                  for one in answers]
+    return name, ranked if all(type(rank) in (int, float) for rank, _ in ranked) else []
+
+
+def join_chats(row, names):
+    """Read chats and transcripts; move what comes before both answers to the prompt."""
+    prompt, *chats = (as_chat(row.get(name)) for name in ("prompt", "chosen", "rejected"))
+    if isinstance(prompt, list) and prompt[-1:] == [{"role": "assistant", "content": ""}]:
+        prompt = prompt[:-1]  # a transcript that ends with "Assistant:"
+    if "prompt" in row and prompt != row["prompt"]:
+        row["prompt"] = prompt
+        names.append("a chat in another form as `prompt`")
+    if not all(isinstance(chat, list) for chat in chats) or chats[0][:-1] != chats[1][:-1]:
+        return
+    before = chats[0][:-1]
+    whole = before or prompt if prompt is None or not before else joined(prompt, before)
+    if whole is None:
+        return
+    for name, chat in zip(("chosen", "rejected"), chats):
+        row[name] = chat[-1]["content"] if is_transcript(row[name]) else chat[-1:]
+    if whole != prompt:
+        row["prompt"] = whole
+        names.append("messages before both answers as `prompt`, or as its end")
+
+
+def joined(prompt, before):
+    """The prompt that ends with the messages `before`; None if they do not continue it."""
+    head = as_messages(prompt)
+    if not (is_chat(head) and is_chat(before)):
+        return None
+    bare, other = ([(turn["role"], turn["content"].strip()) for turn in chat]
+                   for chat in (head, before))
+    if bare[-len(other):] == other:
+        return prompt
+    if any(other[i:i + len(bare)] == bare for i in range(len(other))):
+        return before
+    fits = {bare[-1][0], other[0][0]} == {"user", "assistant"} or (
+        bare[-1][0] == "system" and other[0][0] == "user")
+    return head + before if fits and other[0] not in bare else None
+
+
+def context_of(row):
+    """The messages that `system` and `history`, [[question, answer], ...], of a row stand for.
+
+    A history of another kind becomes a message without text, which is_chat refuses.
+    """
+    messages = [{"role": "system", "content": row[name]} for name in SYSTEM
+                if row.get(name) not in EMPTY]
+    history = row["history"] if row.get("history") not in EMPTY else []
+    is_pairs = isinstance(history, list) and all(
+        isinstance(turn, list) and len(turn) == 2 for turn in history)
+    for turn in history if is_pairs else [(None, None)]:
+        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    return messages
 
 
 def has_input(row):
@@ -57,13 +149,38 @@ def is_transcript(value):
     return turns[:1] == ["Human"] and turns[-1] == "Assistant"
 
 
-def split_transcript(text):
-    """(chat messages, the last turn) of a transcript."""
-    _, *parts = TURN.split(text)  # a name, its text, the next name, ...
-    roles = ({"Human": "user", "Assistant": "assistant"}[name] for name in parts[::2])
-    *before, last = ({"role": role, "content": content.strip()}
-                     for role, content in zip(roles, parts[1::2]))
-    return before, last["content"]
+def as_chat(value):
+    """A chat in another form as a list of {"role", "content"}; any other value as it is.
+
+    The forms: a transcript, one message, JSON text, ShareGPT's names, content in parts of text.
+    """
+    if is_transcript(value):
+        _, *parts = TURN.split(value)  # a name, its text, the next name, ...
+        roles = ({"Human": "user", "Assistant": "assistant"}[name] for name in parts[::2])
+        return [{"role": role, "content": content.strip()}
+                for role, content in zip(roles, parts[1::2])]
+    if isinstance(value, str) and value.lstrip().startswith(("[{", '{"')):
+        try:
+            chat = as_chat(json.loads(value))
+        except (RecursionError, ValueError):  # text of another kind
+            return value
+        return chat if is_chat(chat) else value
+    chat = [value] if isinstance(value, dict) else value
+    is_list = isinstance(chat, list) and chat and all(isinstance(turn, dict) for turn in chat)
+    return [as_message(turn) for turn in chat] if is_list else value
+
+
+def as_message(turn):
+    """A message with ShareGPT's `from` and `value`, or with content in parts, as one of ours."""
+    role, content = (turn.get(ours, turn.get(theirs))
+                     for ours, theirs in (("role", "from"), ("content", "value")))
+    if isinstance(content, list) and all(
+            isinstance(part, dict) and part.get("type") == "text" and is_text(part.get("text"))
+            for part in content):
+        content = "".join(part["text"] for part in content)
+    role = ROLES.get(role, role) if isinstance(role, str) else role
+    return {"role": role, "content": content} | {
+        name: turn[name] for name in IN_MESSAGE if turn.get(name) not in EMPTY}
 
 
 def is_text(value):
@@ -71,10 +188,11 @@ def is_text(value):
 
 
 def is_chat(value):
-    """Whether a value is a non-empty list of {"role", "content"} messages, all with text."""
+    """Whether a value is a non-empty list of {"role", "content"} messages, all with text alone."""
     return isinstance(value, list) and len(value) > 0 and all(
-        isinstance(message, dict) and message.get("role") in ("system", "user", "assistant")
-        and is_text(message.get("content")) for message in value)
+        isinstance(turn, dict) and turn.get("role") in ("system", "user", "assistant")
+        and is_text(turn.get("content")) and all(turn.get(name) in EMPTY for name in IN_MESSAGE)
+        for turn in value)
 
 
 def as_messages(prompt):

@@ -9,10 +9,12 @@ import math
 import os
 import sys
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 
 from infra.command import BadInput, first_line, warn
-from infra.formats import TURN, as_messages, is_chat, is_text
+from infra.formats import (EMPTY, IN_ROW, TURN, as_chat, as_messages, context_of, is_chat, is_text,
+                           ranked_answers)
 
 LARGEST_SCORE = 1e38  # the gap of two scores must be finite in float32
 
@@ -171,7 +173,7 @@ class RowCounts:
     """How many rows a file has, how many pairs were cut, which rows were left out and why."""
     rows: int = 0
     truncated: int = 0
-    joined: int = 0  # prompts made of `instruction` and `input`
+    read: Counter = field(default_factory=Counter)  # what was read as what -> rows
     groups: int = 0  # values of `group`
     unscored: list = field(default_factory=list)  # "file:line" without a key for both scores
     dropped: dict = field(default_factory=dict)  # reason -> ["file:line"]
@@ -184,10 +186,10 @@ class RowCounts:
 
     def lines(self):
         """One sentence per fact, with the first rows it applies to."""
-        counts = {"prompts are `instruction`, an empty line and `input`": self.joined,
-                  "values of `group`; the split keeps each on one side": self.groups,
+        lines = [f"read {what}: {count} of {self.rows} rows" for what, count in self.read.items()]
+        counts = {"values of `group`; the split keeps each on one side": self.groups,
                   "pairs were cut to max_length": self.truncated}
-        lines = [f"{count} {what}" for what, count in counts.items() if count]
+        lines += [f"{count} {what}" for what, count in counts.items() if count]
         for reason, names in self.dropped.items():
             lines.append(f"left out {len(names)} of {self.rows} rows, {reason}: {few(names)}")
         return lines
@@ -208,13 +210,21 @@ def few(names):
 
 
 def check_input(row, where):
-    """BadInput if the prompt of a canonical row is an `instruction` without its `input`."""
+    """BadInput if the prompt of a canonical row lacks a part of what the model should read."""
     instruction, given = row.get("instruction"), row.get("input")
     both_text = isinstance(instruction, str) and isinstance(given, str)
     if (instruction is not None and instruction == row.get("prompt")
             and given not in (None, "") and not both_text):
         raise BadInput(f"{where}: `instruction` and `input` cannot be joined; give both as text, "
                        "or a `prompt`")
+    before, prompt = context_of(row), as_messages(row.get("prompt"))
+    if before and prompt[:len(before)] != before:
+        raise BadInput(f"{where}: `system` or `history` cannot be put before the prompt; give the "
+                       "whole conversation as `prompt`, and take these keys out")
+    for name in IN_ROW:
+        if row.get(name) not in EMPTY and as_chat(row[name]) != prompt:
+            raise BadInput(f"{where}: `{name}` changes what a model reads, and is not read here; "
+                           "put its text into `prompt`, or take the key out")
 
 
 def check_prompt(row, where):
@@ -237,11 +247,19 @@ def check_pair(row, where, needs_scores):
     nan. BadInput if one of them is of another kind, or needs_scores and the row has neither.
     """
     check_input(row, where)
-    if "prompt" not in row and isinstance(row.get("chosen"), str) and TURN.match(row["chosen"]):
+    are_turns = [isinstance(row.get(name), str) and bool(TURN.match(row[name]))
+                 for name in ("chosen", "rejected")]
+    if all(are_turns) or are_turns[0] and "prompt" not in row:
         raise BadInput(f"{where}: transcripts (Human: ... Assistant: ...) must be equal up to the "
-                       "last Assistant turn and end with it; cut them so")
+                       "last Assistant turn, end with it and continue `prompt`; cut them so")
     for name in ("prompt", "chosen", "rejected"):
         value = row.get(name)
+        if name not in row and ranked_answers(row)[1]:
+            raise BadInput(f"{where}: its answers are equally good; take the row out, or run with "
+                           "--skip_bad_rows")
+        if name not in row and {"completion", "label"} <= row.keys():
+            raise BadInput(f"{where}: one `completion` and its `label` (as for KTO) are no pair; a "
+                           "row needs two answers to its prompt")
         if name not in row:
             raise BadInput(f"{where}: no `{name}`; a row needs prompt, chosen (the better answer) "
                            "and rejected")
@@ -253,13 +271,13 @@ def check_pair(row, where, needs_scores):
                            "--skip_bad_rows")
         if isinstance(value, list) and not is_chat(value):
             raise BadInput(f'{where}: `{name}` must hold messages like {{"role": "user", '
-                           '"content": "text"}')
+                           '"content": "text"}}, without images, tool calls or reasoning')
     prompt, answers = row["prompt"], [as_answer(row[name]) for name in ("chosen", "rejected")]
     if isinstance(prompt, list) and prompt[-1]["role"] != "user":
         raise BadInput(f"{where}: the last message of `prompt` must be the user's")
     if None in answers:
         raise BadInput(f"{where}: `chosen` and `rejected` must each be text or one assistant "
-                       "message, after the same messages")
+                       "message, after the same messages, which continue `prompt`")
     scores = []
     for name in ("score_chosen", "score_rejected"):
         score = row.get(name)
@@ -297,6 +315,15 @@ def judge_of(row, where):
         raise BadInput(f"{where}: `judge.scale` is {json.dumps(scale)[:40]}; it must be [lowest, "
                        "highest] score, or be left out")
     return str(behaviour), " ".join(named), scale and float(scale[1] - scale[0])
+
+
+def weight_of(row, where):
+    """A row's `weight` in the loss: a number above 0, 1 if it has none. BadInput for another."""
+    weight = 1.0 if row.get("weight") is None else row["weight"]
+    if not (is_number(weight) and 0 < weight <= LARGEST_SCORE):
+        raise BadInput(f"{where}: `weight` is {json.dumps(weight)[:40]}; it must be a number above "
+                       "0, or be left out")
+    return float(weight)
 
 
 def check_judges(pairs):

@@ -3,7 +3,6 @@ import copy
 import json
 import os
 import pickle
-import types
 
 import pytest
 import torch
@@ -70,7 +69,7 @@ def test_out_dir_is_not_the_students_own(tmp_path):
 
 def run_in(folder, *flags, parts=(None, None, None), data=None):
     """The Run of an out_dir, with (masters, optimizer, scaler)."""
-    data = data or types.SimpleNamespace(pairs=random_pairs(3), tau=torch.ones(3))
+    data = data or train.Dataset(random_pairs(3), True, *torch.ones(5, 3))
     return checkpoint.Run(args_of(folder, *flags), *parts, data, "these weights")
 
 
@@ -154,8 +153,8 @@ def test_a_state_takes_the_place_of_older_and_of_half_written_ones(tmp_path):
     moments = [each.state_dict()["state"][0]["exp_avg"] for each in (optimizer, other[1])]
     assert torch.equal(*moments) and moments[0].any()
     with pytest.raises(BadInput, match="other rows"):
-        run_in(tmp_path, parts=parts(), data=types.SimpleNamespace(
-            pairs=random_pairs(2), tau=torch.ones(2))).load()
+        run_in(tmp_path, parts=parts(), data=train.Dataset(
+            random_pairs(2), True, *torch.ones(5, 2))).load()
     assert run_in(tmp_path / "missing", parts=parts()).load() == 0
 
 
@@ -179,13 +178,16 @@ def test_a_state_is_data_and_never_runs_code(tmp_path):
 
 
 def test_the_hash_of_a_runs_data_changes_with_each_of_its_parts():
-    def data(change=lambda pair: None, tau=0.25):
+    def data(change=lambda pair: None, tau=0.25, weight=1.0, reference=-9.0):
         pairs = copy.deepcopy(random_pairs(3))
         change(pairs[1])
-        return types.SimpleNamespace(pairs=pairs, tau=torch.tensor([0.5, tau, 1.0]))
+        logps, ones = torch.full((3,), reference), torch.ones(3)
+        return train.Dataset(pairs, True, logps, logps, torch.tensor([0.5, tau, 1.0]), ones,
+                             weight * ones)
 
-    others = [data(tau=0.26)] + [data(lambda pair, name=name: getattr(pair, name).append(5))
+    others = [data(tau=0.26), data(weight=0.5)] + [data(lambda pair, name=name: getattr(pair, name).append(5))
                                  for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
     hashes = [checkpoint.content_hash(other, "weights") for other in [data(), *others]]
-    assert len({*hashes, checkpoint.content_hash(data(), "other weights")}) == 6
-    assert checkpoint.content_hash(data(), "weights") == hashes[0]
+    assert len({*hashes, checkpoint.content_hash(data(), "other weights")}) == 7
+    # The reference's numbers, which another machine may round otherwise, have its name.
+    assert checkpoint.content_hash(data(reference=-9.1), "weights") == hashes[0]

@@ -148,7 +148,7 @@ def test_joined_prompts_are_counted_and_tokenized(tokenizer, write_rows, run_sta
     pairs, counts = load_pairs(path, tokenizer, 64, False)
     assert "Sum up.\n\nTea is hot.<|im_end|>" in tokenizer.decode(pairs[0].prompt_ids)
     assert "Sum up.<|im_end|>" in tokenizer.decode(pairs[1].prompt_ids)
-    line = "2 prompts are `instruction`, an empty line and `input`\n"
+    line = "read `instruction`, an empty line and `input` as `prompt`: 2 of 3 rows\n"
     assert line[:-1] in counts.lines() and line in run_stage(data, path)[1]
 
 

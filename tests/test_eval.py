@@ -521,7 +521,8 @@ def test_scored_pairs_give_the_numbers_of_train(run_stage, student, base, toy_ro
     pairs, _ = load_pairs(path, toy_tokenizer, 1024, needs_scores=True)
     reference = evaluation.answer_logps(base, pairs)
     gaps = torch.tensor([pair.score_gap for pair in pairs])
-    dataset = train.Dataset(pairs, False, *reference.T, tau=torch.sigmoid(gaps), lean=gaps)
+    dataset = train.Dataset(pairs, False, *reference.T, tau=torch.sigmoid(gaps), lean=gaps,
+                            weight=torch.ones(len(pairs)))
     metrics = train.evaluate(load_model(student), dataset, args)[0]
     for name, value in (("chosen first %", 100 * metrics["eval/rewards/accuracies"]),
                         ("agrees with scores %", 100 * metrics["eval/rewards/score_agreement"]),

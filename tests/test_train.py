@@ -105,14 +105,15 @@ def plain_metrics(model, reference, pairs, args):
         tau = {"rdpo": sigmoid(gap / args.tau_temperature), "dpo": 1 - args.label_smoothing}.get(
             args.loss, 1.0)
         loss = tau * math.log1p(math.exp(-margin)) + (1 - tau) * math.log1p(math.exp(margin))
-        rows.append({"preference": loss, "logps/chosen": policy[0], "logps/rejected": policy[1],
+        rows.append({"preference": pair.weight * loss, "imitation": pair.weight * -policy[0],
+                     "logps/chosen": policy[0], "logps/rejected": policy[1],
                      "rewards/chosen": chosen, "rewards/rejected": rejected, "tau/mean": tau,
                      "rewards/margins": margin, "rewards/accuracies": float(margin > 0),
                      "agrees": None if gap == 0 else float((margin > 0) == (gap > 0))})
     means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]
              if name != "agrees"}
     agrees = [row["agrees"] for row in rows if row["agrees"] is not None]
-    imitation = -sum(row["logps/chosen"] for row in rows) / count_chosen(pairs)
+    imitation = len(rows) * means.pop("imitation") / count_chosen(pairs)
     preference = means.pop("preference")
     means["loss"] = (imitation if args.loss in ("sft", "dsc")
                      else preference + args.sft_weight * imitation)
@@ -125,6 +126,8 @@ def plain_metrics(model, reference, pairs, args):
 def test_losses_and_metrics_are_what_they_say(tmp_path, flags):
     model, reference, pairs = tiny_model(), tiny_model(seed=1), random_pairs(8)
     args = args_for(**flags, tokens_per_batch=150)
+    for i, pair in enumerate(pairs):
+        pair.weight = (1.0, 0.25, 3.0)[i % 3]  # of the loss alone
     data, _ = dataset_of(reference, pairs, args, tmp_path)
     found, found_pairs, values = train.evaluate(model, data, args)
     expected = plain_metrics(model, reference, pairs, args)
