@@ -19,6 +19,7 @@ Skip infra/ on a first reading.
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +37,7 @@ from infra.report import show_report
 from infra.rows import (RowCounts, check_judges, check_pair, has_tau, is_cut, judge_of,
                         stream_rows, weight_of)
 from infra.split import split_train_val
-from infra.templates import control_tokens, refuse_control_tokens, template_note
+from infra.templates import cut_left, end_of_turn, refuse_control_tokens, render, template_note
 from rdpo import score_gap
 
 # ---------------------------------------------------------------------------------- text to tokens
@@ -45,34 +46,31 @@ from rdpo import score_gap
 def prompt_text(tokenizer, prompt):
     """The text the model reads before it answers: chat template, or `<bos>prompt` + empty line."""
     if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(
-            as_messages(prompt), tokenize=False, add_generation_prompt=True)
+        return render(tokenizer, as_messages(prompt), ask=True)
     ids = tokenizer("").input_ids  # holds bos if this tokenizer starts every text with it
     bos = tokenizer.bos_token if ids and ids[0] == tokenizer.bos_token_id else ""
     return bos + prompt + "\n\n"
 
 
 def answer_text(tokenizer, prompt, before, answer):
-    """The text that follows prompt_text (`before`): the answer and exactly one end-of-turn token.
+    """The text that follows prompt_text (`before`): the answer and the end of its turn.
 
-    That token is the control token that the chat template writes after an assistant's message,
-    or eos if it writes none. Whatever the template writes behind it is no part of the answer.
+    A template may write something before the answer, or shape its thoughts. Whatever it writes
+    behind the end of the turn is no part of the answer.
     """
-    after = answer
+    end, text = end_of_turn(tokenizer), answer.rstrip()
     if tokenizer.chat_template:
-        messages = as_messages(prompt) + [{"role": "assistant", "content": answer}]
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-        # Some templates render a finished turn differently: then it stays the answer, and eos.
-        if whole.startswith(before) and answer.strip() in whole[len(before):]:
-            after = whole[len(before):]
-    # The first control token behind the answer's text ends the turn.
-    end = after.index(answer.strip()) + len(answer.strip())
-    found = [(start, token) for token in control_tokens(tokenizer)
-             if (start := after.find(token, end)) >= 0]
-    if not found:
-        return after.rstrip() + tokenizer.eos_token
-    start, token = min(found)
-    return after[:start] + token
+        whole = render(tokenizer, as_messages(prompt) + [{"role": "assistant", "content": answer}])
+        turn, ended, _ = whole.removeprefix(before).partition(end)
+        turn = turn if ended else turn.rstrip()
+        *thoughts, said = re.split("</?think>", answer)
+        # Some templates render a finished turn differently: then the answer stays as it is.
+        if whole.startswith(before) and turn.rstrip().endswith(said.strip()) and all(
+                thought.strip() in turn for thought in thoughts):
+            text = turn
+        elif before.rstrip().endswith("<think>"):  # the prompt has opened the thoughts already
+            text = text.lstrip().removeprefix("<think>").lstrip()
+    return text + end
 
 
 def token_ids(tokenizer, text):
@@ -103,15 +101,17 @@ def encode_answers(tokenizer, prompt, answers):
     # Whole texts: an answer by itself may begin with another token than behind its prompt.
     prompt_ids, *whole = token_ids(tokenizer, [before, *(before + text for text in after)])
     size = len(prompt_ids)
-    # If the tokenizer merged the prompt's end with the answer's start: the answer by itself.
-    return prompt_ids, [ids[size:] if ids[:size] == prompt_ids else token_ids(tokenizer, text)
+    # If the tokenizer merged the prompt's end with the answer's start: the answer by itself. It
+    # stands behind a token, as SentencePiece puts a space before the first word of a text.
+    return prompt_ids, [ids[size:] if ids[:size] == prompt_ids
+                        else token_ids(tokenizer, tokenizer.eos_token + text)[1:]
                         for ids, text in zip(whole, after)]
 
 
 MIN_PROMPT = 64  # tokens of the prompt that truncation keeps before it cuts the answers
 
 
-def truncate(prompt_ids, chosen_ids, rejected_ids, max_length):
+def truncate(tokenizer, prompt_ids, chosen_ids, rejected_ids, max_length):
     """Cut prompt + answer to max_length: first the prompt's left, down to MIN_PROMPT tokens, then
     the answers' right. Too small a max_length leaves no answer; encode_pair drops the pair.
 
@@ -121,7 +121,8 @@ def truncate(prompt_ids, chosen_ids, rejected_ids, max_length):
     for_prompt = max(max_length - max(len(chosen_ids), len(rejected_ids)), MIN_PROMPT)
     keep = min(len(prompt_ids), for_prompt)
     for_answer = max(max_length - keep, 0)
-    return prompt_ids[len(prompt_ids) - keep:], chosen_ids[:for_answer], rejected_ids[:for_answer]
+    return (cut_left(tokenizer, prompt_ids, keep), chosen_ids[:for_answer],
+            rejected_ids[:for_answer])
 
 
 # ----------------------------------------------------------------------------------- rows to pairs
@@ -206,8 +207,8 @@ def encode_pair(row, where, tokenizer, max_length, needs_scores, counts):
         return counts.drop("the teacher did not finish an answer (see teacher.finish)", where)
     if chosen == rejected:
         return counts.drop("chosen equals rejected", where)
-    refuse_control_tokens(tokenizer, prompt, (chosen, rejected), where)
     try:
+        refuse_control_tokens(tokenizer, prompt, (chosen, rejected), where)
         prompt_ids, answers = encode_answers(tokenizer, prompt, (chosen, rejected))
     except TemplateError as error:
         raise BadInput(f"{where}: the chat template of {name} refuses this row: "
@@ -216,7 +217,9 @@ def encode_pair(row, where, tokenizer, max_length, needs_scores, counts):
     gap = math.nan if None in scores else score_gap(*scores, scale)
     if needs_scores and math.isnan(gap) and math.isnan(tau):
         return counts.drop("no score", where)
-    cut = truncate(prompt_ids, *answers, max_length)
+    if answers[0] == answers[1]:
+        return counts.drop("chosen equals rejected after the chat template", where)
+    cut = truncate(tokenizer, prompt_ids, *answers, max_length)
     counts.truncated += cut != (prompt_ids, *answers)
     prompt_ids, chosen_ids, rejected_ids = cut
     if not chosen_ids:

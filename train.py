@@ -8,6 +8,7 @@ From top to bottom: a forward pass, metrics, the reference pass, train_student()
 reference, optimizer, loop, export), finish(), the flags. The loss of a pair and the
 log-probabilities are rdpo.py's; tokens and batches are data.py's. Skip infra/ on a first reading.
 """
+import datetime
 import math
 import os
 import time
@@ -32,7 +33,7 @@ from infra.rows import check_judges
 from infra.runlog import (TABLE_HEAD, StagePeaks, compile_note, peak_memory_mib, print_plan,
                           table_line)
 from infra.split import split_train_val
-from infra.templates import template_note
+from infra.templates import pin_date, template_note
 from rdpo import LOSSES, judged_tau, plain_sequence_logps, rdpo_loss, sequence_logps
 from sample import sample_answers, sample_rows, show_answers
 from toy import world
@@ -209,6 +210,7 @@ def train_student(args, device, dtype):
     """Train and export. Returns what finish() needs on rank 0, None on the others."""
     # Data: every row is checked and tokenized before anything is computed.
     tokenizer = models.load_tokenizer(args.model or models.TOY_STUDENT, args.template_kwargs)
+    pin_date(tokenizer, ranks.broadcast(args.date))
     train_pairs, val_pairs = load_train_val(args, tokenizer)
 
     # Policy. The cache hashes the reference's weights: create it before adapters and shards.
@@ -466,6 +468,7 @@ def get_args(argv=None):
         args.lora_alpha = 2.0 * args.lora_rank
     if args.learning_rate is None:
         args.learning_rate = (5e-6 if args.model else 3e-4) * (10 if args.lora_rank else 1)
+    args.date = datetime.date.today().isoformat()  # for chat templates that write it
     return args
 
 

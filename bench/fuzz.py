@@ -30,6 +30,7 @@ from safetensors.torch import load  # noqa: E402
 
 import data  # noqa: E402
 import train  # noqa: E402
+from infra import templates  # noqa: E402
 from infra.command import run  # noqa: E402
 from infra.models import TOY_STUDENT  # noqa: E402
 from infra.rows import read_rows  # noqa: E402
@@ -355,7 +356,8 @@ def run_cases(kind, seeds, until=float("inf")):
         for seed in seeds:
             if time.monotonic() > until:
                 break
-            data.control_tokens.cache_clear()  # it keeps each case's tokenizer
+            for cached in (templates.control_tokens, templates.end_of_turn, templates.added_tokens):
+                cached.cache_clear()  # they keep each case's tokenizer
             for command, code, found in run_case(kind, seed, template):
                 codes["traceback" if isinstance(code, str) else code] += 1
                 for fault in found:

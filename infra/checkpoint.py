@@ -27,6 +27,7 @@ from infra.lora import merged, save_adapter
 from infra.models import TOY_STUDENT, sample_weights, share_changed
 from infra.rounding import DROPPED_BITS, stochastic_round
 from infra.rows import read_flags
+from infra.templates import stop_ids
 
 # ----------------------------------------------------------------------------------------- out_dir
 
@@ -70,6 +71,7 @@ def check_out_dir(args):
         before = read_flags(out_dir, "another --out_dir, or --overwrite to begin again")
         if args.tokens_per_batch is None:  # what fitted then
             args.tokens_per_batch = before.get("tokens_per_batch")
+        args.date = before.get("date", args.date)
         for name in sorted(before.keys() & vars(args).keys() - FREE_TO_CHANGE):
             if vars(args)[name] != before[name]:
                 raise BadInput(f"--{name} is {vars(args)[name]}, but the run in {out_dir} has "
@@ -289,6 +291,7 @@ def export(policy, masters, tokenizer, dtype, weights_before, args):
         with torch.device("meta"):  # a plain model without storage: no adapters, no shards
             plain = AutoModelForCausalLM.from_config(policy.config, dtype=dtype)
         plain.generation_config = policy.generation_config
+        plain.generation_config.eos_token_id = stop_ids(tokenizer, policy.generation_config)
         with writing(aside):
             plain.save_pretrained(aside, state_dict=weights)  # which empties weights
     tokenizer.save_pretrained(aside)

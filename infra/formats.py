@@ -131,7 +131,8 @@ def context_of(row):
     is_pairs = isinstance(history, list) and all(
         isinstance(turn, list) and len(turn) == 2 for turn in history)
     for turn in history if is_pairs else [(None, None)]:
-        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+        messages += [{"role": role, "content": text}
+                     for role, text in zip(("user", "assistant"), turn)]
     return messages
 
 

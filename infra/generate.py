@@ -8,6 +8,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from infra.distributed import send
 from infra.models import position_limit
+from infra.templates import cut_left, stop_ids
 
 
 @dataclass
@@ -65,13 +66,12 @@ def generate(model, tokenizer, prompt_ids, max_new_tokens, temperature=0.0, seed
     single prompt, show(piece) receives the answer's text as it grows.
     """
     room = max(position_limit(model) - max_new_tokens, 1)
-    prompt_ids = [ids[-room:] if len(ids) > room else ids for ids in prompt_ids]
-    eos = model.generation_config.eos_token_id
-    end_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    prompt_ids = [cut_left(tokenizer, ids, room) for ids in prompt_ids]
+    end_ids = stop_ids(tokenizer, model.generation_config)
     # Penalties are named because generate() takes what is missing from generation_config.json.
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
-        no_repeat_ngram_size=0, eos_token_id=sorted(end_ids), pad_token_id=tokenizer.eos_token_id)
+        no_repeat_ngram_size=0, eos_token_id=end_ids, pad_token_id=tokenizer.eos_token_id)
     seeds = range(len(prompt_ids)) if seeds is None else seeds
     answers = [None] * len(prompt_ids)
     by_length = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))

@@ -50,6 +50,10 @@ def load_tokenizer(model, template_kwargs=None):
     if tokenizer.eos_token_id is None:
         raise BadInput(f"--model {model}: its tokenizer has no eos token to end an answer; set "
                        "eos_token in tokenizer_config.json")
+    named = tokenizer.chat_template
+    if isinstance(named, dict) and "default" not in named:
+        raise BadInput(f"--model {model}: its chat templates are {', '.join(sorted(named))}; call "
+                       "one of them default in its tokenizer's files")
     if template_kwargs:
         template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
         for name in template_kwargs:

@@ -1,9 +1,80 @@
 """What chat templates and tokenizers do to text that training must know of."""
+import datetime
 import functools
+import json
 import os
+import re
+
+from jinja2 import TemplateError
 
 from infra.command import BadInput
 from infra.formats import as_messages
+
+
+def render(tokenizer, messages, ask=False):
+    """The text of messages; with `ask`, up to where the model answers.
+
+    jinja2.TemplateError if the chat template refuses them, or leaves one of them out.
+    """
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # in its expressions
+        raise TemplateError(f"{type(error).__name__}: {error}") from error
+    for message in messages:  # of an earlier answer it may leave out the thoughts
+        if message["role"] != "assistant" and message["content"].strip() not in text:
+            raise TemplateError(f"it leaves out the {message['role']}'s message")
+    return text
+
+
+def pin_date(tokenizer, day):
+    """Let the chat template write this day ("2026-01-31"): a resumed run repeats its prompts.
+
+    Only this object does so: the template that is saved with the student asks for the date again.
+    """
+    if tokenizer.chat_template:
+        template = re.sub(
+            r"""strftime_now\((['"])(.*?)\1\)""",
+            lambda call: json.dumps(datetime.date.fromisoformat(day).strftime(call[2])),
+            tokenizer.get_chat_template())
+        tokenizer.apply_chat_template = functools.partial(
+            tokenizer.apply_chat_template, chat_template=template)
+
+
+@functools.cache
+def added_tokens(tokenizer):
+    """A regular expression for any token that was added to the vocabulary."""
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+
+
+@functools.cache
+def end_of_turn(tokenizer):
+    """What the chat template writes behind an answer: up to its first control token, or to eos if
+    that follows at once (Cohere's END_RESPONSE, then eos). Without a control token: eos.
+    """
+    eos, mark = tokenizer.eos_token, "\ue000"  # no template changes this character
+    if not tokenizer.chat_template:
+        return eos
+    text = render(tokenizer, as_messages("Hi.") + [{"role": "assistant", "content": mark}])
+    token, last = f"(?:{added_tokens(tokenizer)})", re.escape(eos)
+    found = re.match(f".*?(?:{last}|{token}(?:{token}*?{last})?)", text.partition(mark)[2], re.S)
+    return found[0] if found else eos
+
+
+def stop_ids(tokenizer, generation_config):
+    """Ids of the tokens at which a model stops: its own, eos, and the last one of a turn's end."""
+    own = generation_config.eos_token_id
+    end = tokenizer(end_of_turn(tokenizer), add_special_tokens=False).input_ids[-1]
+    own = own if isinstance(own, list) else [own]
+    return sorted({*own, tokenizer.eos_token_id, end} - {None})
+
+
+def cut_left(tokenizer, prompt_ids, keep):
+    """The last `keep` token ids of a prompt; a bos token at its start stays there."""
+    if keep >= len(prompt_ids):
+        return prompt_ids
+    bos = [token for token in prompt_ids[:1] if token == tokenizer.bos_token_id and keep > 1]
+    return bos + prompt_ids[len(prompt_ids) - keep + len(bos):]
 
 
 def template_note(tokenizer, prompt, before):
@@ -15,8 +86,7 @@ def template_note(tokenizer, prompt, before):
     if not tokenizer.chat_template:
         return ""
     answer = "An answer."
-    whole = tokenizer.apply_chat_template(
-        as_messages(prompt) + [{"role": "assistant", "content": answer}], tokenize=False)
+    whole = render(tokenizer, as_messages(prompt) + [{"role": "assistant", "content": answer}])
     same = len(os.path.commonprefix([before, whole]))
     asked, rendered = before[same:], whole[same:].partition(answer)[0]
     if asked.strip() == rendered.strip():
@@ -28,7 +98,14 @@ def template_note(tokenizer, prompt, before):
 @functools.cache
 def control_tokens(tokenizer):
     """Tokens that ordinary text must not hold: end of turn, beginning of text and the like."""
-    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    end = end_of_turn(tokenizer)  # whose tokens may not be marked as special
+    return [token.content for token in tokenizer.added_tokens_decoder.values()
+            if token.special or token.content in end]
+
+
+# How other models' templates begin. Text that was rendered already would be rendered twice.
+RENDERED = re.compile(r"\s*(<s>|<bos>|<\|begin_of_text\|>)?\s*(\[INST\]|<\|im_start\|>|"
+                      r"<\|start_header_id\|>|<start_of_turn>|<\|(system|user|prompter)\|>)")
 
 
 def refuse_control_tokens(tokenizer, prompt, answers, where):
@@ -39,3 +116,6 @@ def refuse_control_tokens(tokenizer, prompt, answers, where):
         if found:
             raise BadInput(f"{where}: {what} holds the control token {', '.join(found)}; give the "
                            "bare text without it, or run with --skip_bad_rows")
+    if tokenizer.chat_template and RENDERED.match(texts[0][1]):
+        raise BadInput(f"{where}: the prompt is text in a chat template already; give messages, or "
+                       "run with --skip_bad_rows")

@@ -185,8 +185,9 @@ def test_the_hash_of_a_runs_data_changes_with_each_of_its_parts():
         return train.Dataset(pairs, True, logps, logps, torch.tensor([0.5, tau, 1.0]), ones,
                              weight * ones)
 
-    others = [data(tau=0.26), data(weight=0.5)] + [data(lambda pair, name=name: getattr(pair, name).append(5))
-                                 for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    others = [data(tau=0.26), data(weight=0.5)]
+    others += [data(lambda pair, name=name: getattr(pair, name).append(5))
+               for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
     hashes = [checkpoint.content_hash(other, "weights") for other in [data(), *others]]
     assert len({*hashes, checkpoint.content_hash(data(), "other weights")}) == 7
     # The reference's numbers, which another machine may round otherwise, have its name.

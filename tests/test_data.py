@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import types
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from infra.models import load_tokenizer
 from infra.packing import pack
 from infra.rows import (RowCounts, check_judges, check_pair, check_prompt, read_rows,
                         stream_rows)
+from infra.templates import control_tokens, end_of_turn
 from infra.split import families, split_train_val
 
 ROW = {"prompt": "Tell me about tea.", "chosen": "Tea is a drink.", "rejected": "No.",
@@ -65,10 +67,13 @@ def tokenizer():
 
 def encode(tokenizer, row, template=CHATML, max_length=1024):
     tokenizer.chat_template = template
+    end_of_turn.cache_clear()
+    control_tokens.cache_clear()
     return encode_pair(canonical(row), "rows.jsonl:1", tokenizer, max_length, True, RowCounts())
 
 
 def answered(tokenizer, prompt, answer):
+    end_of_turn.cache_clear()
     return data.answer_text(tokenizer, prompt, data.prompt_text(tokenizer, prompt), answer)
 
 
@@ -295,7 +300,7 @@ def test_prompt_ids_are_a_prefix_and_one_end_of_turn_closes_the_answer(tokenizer
     prompt_text = data.prompt_text(tokenizer, ROW["prompt"])
     assert pair.prompt_ids == tokenizer(prompt_text, add_special_tokens=False).input_ids
     assert pair.chosen_ids[-1] == tokenizer.eos_token_id
-    control = tokenizer.convert_tokens_to_ids(data.control_tokens(tokenizer))
+    control = tokenizer.convert_tokens_to_ids(control_tokens(tokenizer))
     assert sum(token in control for token in pair.chosen_ids) == 1
     text = tokenizer.decode(pair.prompt_ids + pair.chosen_ids)
     assert text.startswith(prompt_text)
@@ -329,8 +334,9 @@ def test_template_kwargs_become_defaults_that_a_saved_tokenizer_keeps(tokenizer,
     assert without.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
                                        enable_thinking=True) == asked
     named = load_tokenizer(str(tmp_path), {"enable_thinking": 'a "\u00e9\U0001f600\\n'})
-    named.chat_template = named.chat_template.replace(SWITCHED, "{{ enable_thinking }}")
-    assert data.prompt_text(named, "Hi.") == 'a "\u00e9\U0001f600\\n'
+    named.chat_template = named.chat_template.replace(
+        SWITCHED, "{{ enable_thinking }}{{ messages[0].content }}")
+    assert data.prompt_text(named, "Hi.") == 'a "\u00e9\U0001f600\\nHi.'
     with pytest.raises(BadInput, match="does not use `enable_thinkin`"):
         load_tokenizer(str(tmp_path), {"enable_thinkin": False})
 
@@ -417,12 +423,19 @@ def test_chat_rows_need_a_chat_template(tokenizer):
 
 
 def test_truncation_cuts_the_prompt_to_its_floor_then_the_answers():
+    def cut(*args, bos=None):
+        return truncate(types.SimpleNamespace(bos_token_id=bos), *args)
+
     prompt, chosen, rejected = list(range(200)), list(range(1000, 1050)), list(range(2000, 2080))
-    assert truncate(prompt, chosen, rejected, 300) == (prompt, chosen, rejected)
-    assert truncate(prompt, chosen, rejected, 180) == (prompt[100:], chosen, rejected)
-    assert truncate(prompt, chosen, rejected, 100) == (prompt[-64:], chosen[:36], rejected[:36])
-    assert truncate(prompt, chosen, rejected, 64) == (prompt[-64:], [], [])
-    assert truncate(prompt[:10], chosen, rejected, 64) == (prompt[:10], chosen, rejected[:54])
+    assert cut(prompt, chosen, rejected, 300) == (prompt, chosen, rejected)
+    assert cut(prompt, chosen, rejected, 180) == (prompt[100:], chosen, rejected)
+    assert cut(prompt, chosen, rejected, 100) == (prompt[-64:], chosen[:36], rejected[:36])
+    assert cut(prompt, chosen, rejected, 64) == (prompt[-64:], [], [])
+    assert cut(prompt[:10], chosen, rejected, 64) == (prompt[:10], chosen, rejected[:54])
+    # bos stays at the start, and takes one of the places.
+    assert cut(prompt, chosen, rejected, 180, bos=0) == ([0, *prompt[101:]], chosen, rejected)
+    assert cut(prompt, chosen, rejected, 300, bos=0) == (prompt, chosen, rejected)
+    assert cut(prompt, chosen, rejected, 180, bos=3) == (prompt[100:], chosen, rejected)
 
 
 def test_rows_without_a_response_token_are_dropped_by_name(tokenizer, write_rows):
