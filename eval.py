@@ -34,7 +34,7 @@ from infra.command import BadInput, Parser, at_least, one_line, run
 from infra.distributed import best_device
 from infra.files import atomic_write, make_folder
 from infra.formats import as_messages
-from infra.generate import Answer, generate
+from infra.generate import Answer, fault, generate
 from infra.intervals import cell, equal_length, mean, ratio
 from infra.models import TOY_STUDENT, load_model, load_tokenizer, position_limit
 from infra.packing import longest_row
@@ -109,18 +109,8 @@ def refined_rows(rows, model):
                "teacher": {"model": model, "finish": row["finishes"]}} for row in rows]
 
 
-def fault(row):
-    """Why an answer is degenerate: "empty", "cut" by --max_new_tokens, "repetitive", or "".
-
-    Repetitive: the same four words (split at spaces) occur three times or more.
-    """
-    words = row["answer"].split()
-    fours = Counter(zip(words, words[1:], words[2:], words[3:]))
-    if not words:
-        return "empty"
-    if row["finish"] == "length":
-        return "cut"
-    return "repetitive" if max(fours.values(), default=0) >= 3 else ""
+def faults_of(rows):
+    return [fault(row["answer"], row["finish"]) for row in rows]
 
 
 # ------------------------------------------------------------------------------ log-probabilities
@@ -277,7 +267,7 @@ def answer_cells(args, rows, base_rows, numbers):
             "score gain at equal length":
                 cell("+.2f", equal_length, gain, longer) if lengths_differ else "-",
             "tokens": f"{tokens.mean():.1f}",
-            "degenerate %": f"{100 * np.mean([fault(row) != '' for row in rows]):.1f}",
+            "degenerate %": f"{100 * np.mean([kind != '' for kind in faults_of(rows)]):.1f}",
             "KL from base, nats": cell(".2f", mean, column("kl", rows))}
 
 
@@ -321,7 +311,7 @@ def notes_on(args, answers, numbers):
             unknown = sum(numbers[number].get(row["id"], 0) is None for row in rows)
             if unknown:
                 lines.append(f"could not {verb} {unknown} of {len(rows)} answers of {name}")
-        faults = Counter(filter(None, map(fault, rows)))
+        faults = Counter(filter(None, faults_of(rows)))
         if faults:
             text = ", ".join(f"{count} {kind}" for kind, count in faults.items())
             limit = " (cut by --max_new_tokens)" if faults["cut"] else ""

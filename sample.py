@@ -18,7 +18,7 @@ from data import encode_prompt
 from infra.command import BadInput, Parser, at_least, one_line, path, printable, run, warn
 import infra.distributed as ranks
 from infra.formats import is_text
-from infra.generate import generate
+from infra.generate import fault, generate
 from infra import models
 from infra.lora import load_adapter
 from infra.models import TOY_STUDENT, load_model, load_tokenizer, position_limit
@@ -110,21 +110,42 @@ def sample_rows(args, val_pairs):
 
 
 def sample_answers(policy, tokenizer, rows, args):
-    """The policy's greedy answers, as texts. Under FSDP all ranks compute them, else rank 0."""
+    """The policy's greedy Answers. Under FSDP all ranks compute them, else rank 0."""
     if ranks.rank() > 0 and not args.fsdp:
         return []
     ids = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
     with models.eager(args):
-        return [answer.text for answer in generate(policy, tokenizer, ids, args.max_new_tokens)]
+        return generate(policy, tokenizer, ids, args.max_new_tokens)
 
 
-def show_answers(rows, before, after):
-    """Print three prompts with both answers; for the toy's rows, the share of right answers."""
-    shown = slice(4, 7) if len(rows) > 3 else slice(3)  # toy: harmful, harmless, a role to play
+def show_answers(rows, before, after, args):
+    """Print three prompts with both answers; for the toy's rows, the share of right answers.
+
+    Warns where the student's are worse than the reference's.
+    """
+    is_toy = len(rows) > 3
+    shown = slice(4, 7) if is_toy else slice(3)  # toy: harmful, harmless, a role to play
+    texts = {"reference": [answer.text for answer in before],
+             "student": [answer.text for answer in after]}
     print("\n" + side_by_side([row["prompt"] for row in rows[shown]],
-                              {"reference": before[shown], "student": after[shown]}))
-    if len(rows) > 3:
-        print(world.rates_table(rows, before, after))
+                              {name: text[shown] for name, text in texts.items()}))
+    if is_toy:
+        print(world.rates_table(rows, *texts.values()))
+    cut = sum(answer.finish == "length" for answer in after)
+    if cut:
+        print(f"{cut} of {len(after)} answers of the student were cut at --max_new_tokens "
+              f"{args.max_new_tokens}")
+    bad, good = (sum(bool(fault(answer.text, "stop")) for answer in answers)
+                 for answers in (after, before))
+    worse = [f"{bad} of {len(after)} answers are empty or repeat themselves, {good} of the "
+             "reference's"] if bad > good else []
+    if is_toy and not cut:
+        old, new = (world.rates(rows, answers) for answers in texts.values())
+        worse += [f"right answers of {name} fell from {old[name]:.2f} to {new[name]:.2f}"
+                  for name in old if new[name] < old[name] - 0.1]
+    if worse:
+        warn(f"{'; '.join(worse)}. Whatever the losses say, this student is worse: try a lower "
+             "--learning_rate, or fewer steps")
 
 
 # ------------------------------------------------------------------------------------- the command

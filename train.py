@@ -30,8 +30,8 @@ from infra.policy import load_policy, place
 from infra.reference import ReferenceCache
 from infra.rounding import Masters
 from infra.rows import check_judges
-from infra.runlog import (TABLE_HEAD, StagePeaks, compile_note, peak_memory_mib, print_plan,
-                          table_line)
+from infra.runlog import (TABLE_HEAD, StagePeaks, compile_note, peak_memory_mib, print_parts,
+                          print_plan, table_line)
 from infra.split import split_train_val
 from infra.templates import pin_date, template_note
 from rdpo import LOSSES, judged_tau, plain_sequence_logps, rdpo_loss, sequence_logps
@@ -76,10 +76,10 @@ def rank_batches(pairs, indices, share_prefix, args):
 
 
 def forward(policy, data, args, pair_count, chosen_tokens):
-    """One micro-batch: (its part of the step's loss, {metric: its value for each pair (B,)}).
+    """One micro-batch: (its part of the step's two losses (2,), {metric: value of each pair (B,)}).
 
-    pair_count and chosen_tokens are the whole step's, so the parts of all micro-batches and
-    ranks add up to the same loss however the step is split.
+    The losses are of preference and of imitation. pair_count and chosen_tokens are the whole
+    step's, so the parts of all micro-batches and ranks add up however the step is split.
     """
     batch = collate(data.pairs, data.share_prefix).to(policy.device)
     chosen_logps, rejected_logps = policy_logps(policy, batch).view(2, -1)  # (B,) each
@@ -91,7 +91,7 @@ def forward(policy, data, args, pair_count, chosen_tokens):
         kind.form)
     preference = kind.preference * losses / pair_count  # (B,)
     imitation = (kind.imitation + args.sft_weight) * -chosen_logps / chosen_tokens  # (B,)
-    return (weight * (preference + imitation)).sum(), pair_metrics(
+    return (weight * torch.stack([preference, imitation])).sum(1), pair_metrics(
         chosen_logps.detach(), rejected_logps.detach(), chosen_rewards, rejected_rewards, tau, lean)
 
 
@@ -112,31 +112,34 @@ def pair_metrics(chosen_logps, rejected_logps, chosen_rewards, rejected_rewards,
             "rewards/score_agreement": torch.where(lean.abs() > 0, agrees, math.nan)}
 
 
-def forward_all(policy, data, args, backward=None):
+def forward_all(policy, data, args, backward=None, whole=None):
     """Forward passes of this rank's share of a Dataset, and backward(loss) after each.
 
-    Returns (its part of the loss, its pairs, {metric: value of each of them (B,)}).
+    Returns (its part of the two losses (2,), its pairs, {metric: value of each of them (B,)}).
+    The losses are those of `whole`, of which data may be a part.
     """
-    pair_count, chosen_tokens = len(data.pairs), count_chosen(data.pairs)
-    total, pairs, parts = torch.zeros((), device=policy.device), [], []
-    for indices, is_real in rank_batches(data.pairs, range(pair_count), data.share_prefix, args):
+    whole = whole or data
+    pair_count, chosen_tokens = len(whole.pairs), count_chosen(whole.pairs)
+    total, pairs, parts = torch.zeros(2, device=policy.device), [], []
+    for indices, is_real in rank_batches(data.pairs, range(len(data.pairs)), data.share_prefix,
+                                         args):
         part = data.part(indices)
-        loss, values = forward(policy, part, args, pair_count, chosen_tokens)
-        loss = is_real * loss  # 0 if it only keeps the other ranks company
+        losses, values = forward(policy, part, args, pair_count, chosen_tokens)
+        losses = is_real * losses  # 0 if it only keeps the other ranks company
         if backward:
-            backward(loss)
-        total += loss.detach()
+            backward(losses.sum())
+        total += losses.detach()
         pairs += part.pairs if is_real else []
         parts.append({name: value if is_real else value[:0] for name, value in values.items()})
     return total, pairs, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def mean_metrics(loss, values):
+def mean_metrics(losses, values):
     """{name: number} over all ranks, from forward_all's. The CPU waits for the GPU here."""
     stacked = torch.stack(list(values.values()))  # (M, B)
     left_out = stacked.isnan() & ~values["rewards/margins"].isnan()  # (M, B)
     sums, counts = stacked.masked_fill(left_out, 0).sum(1), (~left_out).sum(1)  # (M,) each
-    loss, *numbers = ranks.all_reduce(torch.cat([loss[None], sums, counts])).tolist()
+    loss, *numbers = ranks.all_reduce(torch.cat([losses.sum()[None], sums, counts])).tolist()
     sums, counts = numbers[:len(values)], numbers[len(values):]
     return {"loss": loss} | {name: total / count for name, total, count
                              in zip(values, sums, counts) if count}
@@ -144,18 +147,32 @@ def mean_metrics(loss, values):
 
 @torch.no_grad()
 def evaluate(policy, data, args):
-    """(the metrics of all pairs of a Dataset, eval/ before each name; this rank's pairs; values)"""
-    loss, pairs, values = forward_all(policy, data, args)
-    means = mean_metrics(loss, values)
-    return {f"eval/{name}": mean for name, mean in means.items()}, pairs, values
+    """(metrics of all pairs of a Dataset and of its parts; this rank's pairs; their values).
+
+    The names begin with eval/, those of a part with eval/PART/. Each pair is evaluated once.
+    """
+    parts = parts_of(data, by_file=len(args.eval_data or []) > 1)
+    found = {name: forward_all(policy, part, args, whole=data) for name, part in parts.items()}
+    losses, pairs, values = zip(*found.values())
+    values = {name: torch.cat([each[name] for each in values]) for name in values[0]}
+    metrics = {f"eval/{name}": mean for name, mean in mean_metrics(sum(losses), values).items()}
+    for part, (losses, _, of_part) in found.items() if len(parts) > 1 else ():
+        own = parts[part].pairs  # of which its losses are the mean, not of all pairs
+        share = torch.tensor([len(own) / len(data.pairs),
+                              count_chosen(own) / count_chosen(data.pairs)]).to(losses)  # (2,)
+        metrics |= {f"eval/{part}/{name}": mean
+                    for name, mean in mean_metrics(losses / share, of_part).items()}
+    return metrics, sum(pairs, []), values
 
 
-def parts_by(data, name_of):
-    """{name: Dataset of the pairs of that name}, {} if there is only one name."""
-    indices = {}
+def parts_of(data, by_file):
+    """{name: Dataset of its pairs}: the parts that are evaluated apart, behaviours or files."""
+    paths, indices = {pair.path for pair in data.pairs}, {}
+    short = len({*map(os.path.basename, paths)}) == len(paths)
     for i, pair in enumerate(data.pairs):
-        indices.setdefault(name_of(pair), []).append(i)
-    return {name: data.part(own) for name, own in indices.items() if len(indices) > 1}
+        file = os.path.basename(pair.path) if short else pair.path
+        indices.setdefault(one_line(file if by_file else pair.behaviour) or "other", []).append(i)
+    return {name: data.part(own) for name, own in indices.items()}
 
 
 # ---------------------------------------------------------------------------------- the reference
@@ -266,7 +283,7 @@ def train_student(args, device, dtype):
         epoch, n = divmod(step, steps_per_epoch)
         order = epoch_order(len(train_pairs), args.seed, epoch)
         data = train.part(order[n * args.batch_size:(n + 1) * args.batch_size])
-        loss, pairs, values = forward_all(policy, data, args, backward)
+        losses, pairs, values = forward_all(policy, data, args, backward)
         # In 16 bits a hook has added each gradient to its float32 master. FSDP's come only now.
         masters.collect_gradients()
         ranks.sum_gradients(flat_gradients)
@@ -276,7 +293,7 @@ def train_student(args, device, dtype):
         # Update. If loss or gradient is not finite the run stops; float16 skips the step.
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(masters.parameters(), args.max_grad_norm)
-        metrics = mean_metrics(loss, values)
+        metrics = mean_metrics(losses, values)
         grad_norm = ranks.full_tensor(grad_norm).item()
         selfcheck.check_step(step, metrics["loss"], grad_norm, scaler, pairs, values, states.folder)
         lr = learning_rate(step, total_steps, args)
@@ -305,8 +322,7 @@ def train_student(args, device, dtype):
             progress.close()
             states.stopped(done, stop)
     progress.close()
-    for behaviour, part in parts_by(val, lambda pair: pair.behaviour).items():
-        print(table_line(one_line(behaviour), {}, evaluate(policy, part, args)[0]))
+    print_parts(val_metrics)
 
     # Export: a Hugging Face folder that transformers, vLLM and llama.cpp load, or an adapter.
     answers_after = sample_answers(policy, tokenizer, samples, args)
@@ -315,13 +331,17 @@ def train_student(args, device, dtype):
     peaks.end("export")
     ranks.cleanup()
     if saved_line:  # on rank 0
-        show_answers(samples, answers_before, answers_after)
+        show_answers(samples, answers_before, answers_after, args)
         return tokenizer, train_pairs, val, val_metrics, peaks, saved_line
 
 
 def finish(args, began, tokenizer, train_pairs, val, val_metrics, peaks, saved_line):
     """After training, on rank 0: curves, the saved student evaluated again, the model card."""
     training, validation = read_metrics(args.out_dir)
+    best = min(validation, key=lambda line: line["eval/loss"])
+    if validation[-1]["eval/loss"] > best["eval/loss"] + 0.02:
+        warn(f"the validation loss was {best['eval/loss']:.4f} after step {best['step']}, and is "
+             f"{validation[-1]['eval/loss']:.4f} now; try a lower --learning_rate, or fewer steps")
     lines = [TABLE_HEAD, table_line(validation[0]["step"], {}, validation[0]),
              table_line(validation[-1]["step"], training[-1], val_metrics)]
     if have_matplotlib():
@@ -464,6 +484,8 @@ def get_args(argv=None):
         raise BadInput("--compile does not work with --fsdp; leave one out")
     if {*map(os.path.realpath, args.data)} & {*map(os.path.realpath, args.eval_data or [])}:
         raise BadInput("--eval_data is a file of --data too; give other rows, or leave it out")
+    if args.model and os.path.realpath(args.model) == os.path.realpath(models.TOY_STUDENT):
+        args.model = None  # the toy by another name
     if args.lora_rank and args.lora_alpha is None:
         args.lora_alpha = 2.0 * args.lora_rank
     if args.learning_rate is None:

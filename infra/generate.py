@@ -1,4 +1,5 @@
 """Answers of a model to prompts, in batches: greedy, or sampled with one generator per prompt."""
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,20 @@ class Answer:
     @property
     def answers(self):
         return [self.ids]  # as a data.Pair has two
+
+
+def fault(text, finish):
+    """Why an answer is degenerate: "empty", "cut" by max_new_tokens, "repetitive", or "".
+
+    Repetitive: the same four words (split at spaces) occur three times or more.
+    """
+    words = text.split()
+    fours = Counter(zip(words, words[1:], words[2:], words[3:]))
+    if not words:
+        return "empty"
+    if finish == "length":
+        return "cut"
+    return "repetitive" if max(fours.values(), default=0) >= 3 else ""
 
 
 class GumbelNoise(LogitsProcessor):

@@ -63,6 +63,15 @@ def table_line(label, metrics, val_metrics):
     return f"{first:.14s} | {'  '.join(cells)}"
 
 
+def print_parts(val_metrics):
+    """A line of the table for each part of the validation pairs."""
+    parts = dict.fromkeys(name.split("/", 1)[1].rpartition("/loss")[0] for name in val_metrics
+                          if name.endswith("/loss"))
+    for part in filter(None, parts):
+        own = {f"eval/{name}": val_metrics.get(f"eval/{part}/{name}") for _, name, _ in COLUMNS}
+        print(table_line(part, {}, own))
+
+
 def peak_memory_mib(device):
     """Peak memory of this process in MiB: the GPU's, or what was resident."""
     if device.type == "cuda":

@@ -71,7 +71,7 @@ def test_any_micro_batch_split_gives_the_same_gradient(
     def gradient(batches, pair_count=12, token_count=tokens):
         model.zero_grad()
         for batch in batches:
-            train.forward(model, data.part(batch), args, pair_count, token_count)[0].backward()
+            train.forward(model, data.part(batch), args, pair_count, token_count)[0].sum().backward()
         return torch.cat([weight.grad.flatten() for weight in model.parameters()])
 
     whole = gradient([list(range(12))])
@@ -129,8 +129,14 @@ def test_losses_and_metrics_are_what_they_say(tmp_path, flags):
     for i, pair in enumerate(pairs):
         pair.weight = (1.0, 0.25, 3.0)[i % 3]  # of the loss alone
     data, _ = dataset_of(reference, pairs, args, tmp_path)
+    for i, pair in enumerate(pairs):
+        pair.behaviour = "tea" if i < 3 else "coffee"
     found, found_pairs, values = train.evaluate(model, data, args)
     expected = plain_metrics(model, reference, pairs, args)
+    for part, own in (("tea", pairs[:3]), ("coffee", pairs[3:])):  # each as if it were alone
+        alone = plain_metrics(model, reference, own, args)
+        for name in alone:
+            assert found.pop(f"eval/{part}/{name}") == pytest.approx(alone[name], abs=1e-4)
     assert found == pytest.approx({f"eval/{k}": v for k, v in expected.items()}, abs=1e-4)
     rewards = zip(values["rewards/chosen"].tolist(), values["rewards/rejected"].tolist())
     for pair, both in zip(found_pairs, rewards, strict=True):
