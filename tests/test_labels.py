@@ -175,6 +175,74 @@ def test_the_calibration_command(run_stage, run_train, write_rows, toy_rows):
                     "none of its 1 labels is of a pair of")
 
 
+def labelled(gaps, said):
+    """(scored rows, labels) of pairs with these score gaps, and what a person says of them."""
+    rows = [{"prompt": f"p{i}", "chosen": "new", "rejected": "old", "score_chosen": gap,
+             "score_rejected": 0} for i, gap in enumerate(gaps)]
+    return rows, [row | {"preferred": word} for row, word in zip(rows, said)]
+
+
+@pytest.mark.parametrize("sizes, bound, advice", [
+    ([4] * 40, 1.328, "keep the default T 1"), ([4] * 40 + [0.003], 1.153, "keep the default T 1"),
+    ([1] * 40, 0.332, "take train.py --tau_temperature 0.33"),
+    ([0.01] * 20, 0.00436, "take train.py --tau_temperature 0.0044"), ([1] * 2, math.inf, None)])
+def test_labels_that_all_agree_give_no_temperature_but_a_bound(
+        run_stage, write_rows, sizes, bound, advice):
+    gaps = [size * (-1) ** i for i, size in enumerate(sizes)]
+    rows, said = labelled(gaps, ["chosen" if gap > 0 else "rejected" for gap in gaps])
+    code, out, err = run_stage(data, write_rows(rows), "--calibrate", write_rows(said, "labels"))
+    assert code == 0 and not err and f"they agree on {len(gaps)} of {len(gaps)}" in out
+    assert f"\nT below {bound:.2g} (95 %); loss per label 0.000, at T 1 " in out
+    assert "tau at T 1\n" in out and not re.search(r"\de-\d", out)
+    if not advice:
+        assert out.endswith("too few labels to say anything of T: label more pairs\n")
+        return
+    assert f"only say that T is below {bound:.2g}: {advice}, or label pairs with closer" in out
+    losses = (math.log1p(math.exp(-size / bound)) for size in sizes)  # at T near 0 they are 0
+    assert sum(losses) == pytest.approx(1.92, rel=0.01)
+
+
+def test_scores_that_say_nothing_give_no_temperature(run_stage, write_rows):
+    gaps = [1, -2, 3, -1] * 10
+    for said in (["rejected" if gap > 0 else "chosen" for gap in gaps], ["tie"] * 40):
+        rows, said = labelled(gaps, said)
+        paths = write_rows(rows), "--calibrate", write_rows(said, "labels")
+        code, out, err = run_stage(data, *paths)
+        assert code == 0 and "inf" not in out and "tau_temperature" not in out
+        assert re.search(r"\nT above [\d.]+ \(95 %\); loss per label 0.693, at T 1 ", out)
+        assert err.startswith("warning: the scores say nothing") and "the judge's replies" in err
+    # All ties: the loss is the mean of log cosh(gap / 2T) above that of chance.
+    bound = float(out.split("T above ")[1].split()[0])
+    excess = sum(math.log(math.cosh(gap / 2 / bound)) for gap in gaps)
+    assert excess == pytest.approx(1.92, rel=0.1)
+
+
+def test_a_temperature_beyond_the_grid_is_none():
+    gaps = np.array([1.0, -1.0] * 10_000)  # the person agrees with 5002 of 10000: T 2500
+    agrees = np.arange(20_000) % 10_000 < 5_002
+    assert labels.fit_temperature(gaps, np.where(agrees, gaps > 0, gaps < 0).astype(float))[::2] \
+        == (math.inf, math.inf)
+    agrees = np.arange(20_000) % 10_000 < 5_050  # T = 1 / log(5050 / 4950)
+    best = labels.fit_temperature(gaps, np.where(agrees, gaps > 0, gaps < 0).astype(float))[0]
+    assert best == pytest.approx(1 / math.log(5050 / 4950), rel=0.01)
+
+
+def test_judges_that_train_py_does_not_mix_are_not_calibrated(run_stage, run_train, write_rows):
+    rows, said = labelled([1.0, -1.0] * 10, ["chosen", "tie"] * 10)
+    scaled = [row | {"judge": {"model": "m", "scale": [0, 1]}} for row in rows[:10]]
+    labels_path = write_rows(said, "labels")
+    mixed = write_rows(scaled + rows[10:], "mixed.jsonl")
+    refused = run_train("--data", mixed)
+    assert_one_line(refused, "scored by an unnamed judge on an unknown scale")
+    code, out, err = run_stage(data, mixed, "--calibrate", labels_path)
+    assert (code, out, err) == (2, "", refused[2].splitlines(keepends=True)[-1])
+    unscored = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows[10:]]
+    other_scale = [row | {"judge": {"model": "n", "scale": [0, 9]}} for row in rows[10:]]
+    for others in (unscored, other_scale):
+        path = write_rows(scaled + others, "fine.jsonl")
+        assert run_stage(data, path, "--calibrate", labels_path)[0] == 0
+
+
 def test_rows_with_tau_are_calibrated_by_their_log_odds(run_stage, write_rows):
     rng, rows, said = random.Random(1), [], []
     for i in range(300):
