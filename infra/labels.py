@@ -23,6 +23,7 @@ from infra.report import by_fifths, table
 from infra.rows import check_judges, check_pair, is_cut, judge_of, question_of, stream_rows
 
 SHARE = {"chosen": 1.0, "tie": 0.5, "rejected": 0.0}  # what a label says about chosen
+KEYS = "1 or 2; 0: neither; s: skip; u: undo the last label; q: stop and continue later"
 
 
 def pairs_of(path):
@@ -52,26 +53,34 @@ def label(path, out, count, seed):
     Both answers are shown blind: which comes first is random too. Each label is saved at once.
     """
     with only_writer(out):
-        labels = read_labels(out) if os.path.exists(out) else []
+        # An empty file is what undoing the only label leaves.
+        labels = read_labels(out) if os.path.exists(out) and os.path.getsize(out) else []
         known = {key for key, _ in labels}
-        waiting = [(key, row) for _, key, row, *_ in pairs_of(path)
-                   if key not in known and not is_cut(row)]
+        rows = {key: row for _, key, row, *_ in pairs_of(path) if not is_cut(row)}
+        waiting = [key for key in rows if key not in known]
         random.Random(seed).shuffle(waiting)
-        print("Which answer is better? 1 or 2; 0: neither; s: skip; q: stop and continue later")
-        for key, row in waiting:
-            if len(labels) >= count:
-                break
-            names = ["chosen", "rejected"]
+        print(f"Which answer is better? {KEYS}")
+        while waiting and len(labels) < count:
+            key = waiting.pop()
+            row, names = rows[key], ["chosen", "rejected"]
             random.Random(f"{seed} {key}").shuffle(names)
             show(f"{len(labels) + 1} of {count}", question_of(row), *(row[name] for name in names))
             said = ask()
             if said == "q":
                 break
-            if said != "s":
+            if said == "s":
+                continue
+            if said == "u":
+                waiting.append(key)
+                if not labels or labels[-1][0] not in rows:
+                    print("no label of this file to undo")
+                    continue
+                waiting.append(labels.pop()[0])
+            else:
                 preferred = {"1": names[0], "2": names[1], "0": "tie"}[said]
                 labels.append((key, {name: row[name] for name in ("prompt", "chosen", "rejected")}
                                | {"preferred": preferred}))
-                atomic_write(out, "".join(json.dumps(row) + "\n" for _, row in labels))
+            atomic_write(out, "".join(json.dumps(row) + "\n" for _, row in labels))
     print(f"\n{len(labels)} labels in {out}"
           + ("" if len(labels) >= count else "; the same command continues"))
 
@@ -89,14 +98,15 @@ def show(title, question, first, second):
 
 
 def ask():
-    """"1", "2", "0", "s" or "q", as typed; the end of input, or Ctrl-C, is "q"."""
+    """"1", "2", "0", "s", "u" or "q", as typed; the end of input, or Ctrl-C, is "q"."""
     while True:
         try:
             said = input("better: ").strip().lower()
         except (EOFError, KeyboardInterrupt):
             return "q"
-        if said in ("1", "2", "0", "s", "q"):
+        if said in ("1", "2", "0", "s", "u", "q"):
             return said
+        print(KEYS)
 
 
 # -------------------------------------------------------------------------------------- calibration

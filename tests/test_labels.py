@@ -80,6 +80,46 @@ def test_a_session_stops_skips_and_continues(session, write_rows, tmp_path):
     assert after[:2] == before and len({row["prompt"] for row in after}) == 5
 
 
+def test_undo_takes_the_last_label_back_also_from_the_file_and_asks_again(
+        session, write_rows, tmp_path):
+    path, out, asked, on_disk = write_rows(ROWS), tmp_path / "labels.jsonl", [], []
+
+    def type_keys(*keys):
+        keys = iter(keys)
+
+        def answer(question, first, second):
+            asked.append((question, first, second))
+            on_disk.append(out.read_text().count("\n") if out.exists() else 0)
+            return next(keys)
+
+        return session(path, answer)[1]
+
+    type_keys("s", "u", "q")
+    assert not out.exists()
+    asked.clear(), on_disk.clear()
+    screen = type_keys("u", "1", "u", "q")  # before any label; then the only one
+    assert asked[0] == asked[1] == asked[3] != asked[2] and on_disk == [0, 0, 1, 0]
+    assert screen.count("no label of this file to undo\n") == 1 and "0 labels in" in screen
+    asked.clear(), on_disk.clear()
+    type_keys("1", "2", "s", "u", "0", "q")  # 2 becomes 0; the skipped pair stays skipped
+    assert asked[4] == asked[1] and asked[5] == asked[3] and on_disk == [0, 1, 2, 2, 1, 2]
+    assert [row["preferred"] for row in read_lines(out)][1] == "tie"
+    type_keys("u", "2", "q")  # a label of an earlier session
+    assert asked[7] == asked[1] and on_disk[-3:] == [2, 1, 2]
+    first, second = read_lines(out)
+    assert [row["prompt"] for row in (first, second)] == [
+        shown[0].replace("question", "game") for shown in asked[:2]]
+    assert second[second["preferred"]] == asked[1][2] and first[first["preferred"]] == asked[0][1]
+
+
+def test_an_unknown_key_is_told_the_keys(session, write_rows, monkeypatch):
+    typed = iter(["x", "", "3", "q"])
+    screen = session(write_rows(ROWS), lambda *shown: next(typed))[1]
+    keys = "1 or 2; 0: neither; s: skip; u: undo the last label; q: stop and continue later\n"
+    assert screen.startswith("Which answer is better? " + keys) and screen.count(keys) == 4
+    assert screen.count("1 of 50") == 1
+
+
 def test_text_of_a_model_cannot_drive_the_terminal(session, write_rows):
     row = ROWS[0] | {"chosen": "\x1b[2Jnew", "rejected": "old"}
     (code, _, _), screen = session(write_rows([row]), lambda *shown: "1")
@@ -192,7 +232,7 @@ def test_labels_that_all_agree_give_no_temperature_but_a_bound(
     rows, said = labelled(gaps, ["chosen" if gap > 0 else "rejected" for gap in gaps])
     code, out, err = run_stage(data, write_rows(rows), "--calibrate", write_rows(said, "labels"))
     assert code == 0 and not err and f"they agree on {len(gaps)} of {len(gaps)}" in out
-    assert f"\nT below {bound:.2g} (95 %); loss per label 0.000, at T 1 " in out
+    assert f"\nT below {bound:.2g} (95 %); loss per label 0.0" in out
     assert "tau at T 1\n" in out and not re.search(r"\de-\d", out)
     if not advice:
         assert out.endswith("too few labels to say anything of T: label more pairs\n")
