@@ -9,12 +9,13 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line, read_lines
+from conftest import ROOT, assert_one_line, read_lines
 
 import data
 import eval as evaluation
 from infra import labels
 from infra.models import TOY_STUDENT, load_model
+from infra.report import histogram
 from toy import world
 
 ROWS = [{"id": i, "prompt": f"game {i}", "question": f"question {i}", "chosen": f"new {i}",
@@ -294,6 +295,40 @@ def test_rows_with_tau_are_calibrated_by_their_log_odds(run_stage, write_rows):
     code, out, _ = run_stage(data, write_rows(rows), "--calibrate", write_rows(said, "labels"))
     low, high = map(float, out.split("95 % interval ")[1].split(";")[0].split(" to "))
     assert code == 0 and low <= 3 <= high and low > 1.5
+
+
+# ------------------------------------------------------------------------------- bars of score gaps
+
+
+def bars(out):
+    """{number or "ties": rows} of the histogram that data.py printed."""
+    found = re.findall(r"^ +(ties|[+-][\d.e+-]+) +(\d+) #*$", out, re.M)
+    return {name if name == "ties" else float(name): int(count) for name, count in found}
+
+
+def test_the_bars_of_the_toys_gaps_agree_with_their_heading(run_stage, toy_rows):
+    gaps = [row["score_chosen"] - row["score_rejected"] for row in toy_rows]
+    code, out, err = run_stage(data, f"{ROOT}/toy/scored.jsonl")
+    assert code == 0, err
+    expected = {"ties": gaps.count(0)}
+    for n in range(1, 6):
+        expected |= {n: sum(n - 1 < gap <= n for gap in gaps),
+                     -n: sum(-n <= gap < 1 - n for gap in gaps)}
+    assert bars(out) == expected
+    assert f"{gaps.count(0)} ties, {sum(gap < 0 for gap in gaps)} inversions" in out
+
+
+@pytest.mark.parametrize("gaps, expected", [
+    ([0, 0, 0.01, -0.01, 0.04], {"ties": 2, 0.01: 1, 0.02: 0, 0.03: 0, 0.04: 1, -0.01: 1}),
+    ([0.3, 0.6, 0.7, 1.1, 2.1, -0.0], {"ties": 1, 0.5: 1, 1: 2, 1.5: 1, 2: 0, 2.5: 1}),
+    ([0.1, 0.2, 0.3, 0.4, 0.5, 1e-12], {0.1: 2, 0.2: 1, 0.3: 1, 0.4: 1, 0.5: 1}),
+    ([0.2, 0.4, 0.6, 0.8, -0.6], {-0.6: 1, -0.4: 0, -0.2: 0, "ties": 0, 0.2: 1, 0.4: 1, 0.6: 1,
+                                  0.8: 1}),
+    ([0, 0], {"ties": 2}), ([-7, 12], {-10: 1, -5: 0, "ties": 0, 5: 0, 10: 0, 15: 1})])
+def test_a_gap_that_is_no_tie_is_in_no_bar_of_ties(gaps, expected):
+    lines = histogram(gaps)
+    assert bars("\n".join(lines)) == expected and len(lines) == len(expected)
+    assert max(line.count("#") for line in lines) == 40
 
 
 # ---------------------------------------------------------------------------------------- suspects
