@@ -5,7 +5,7 @@
 
 In the chat, type /base to hear the reference (the untrained student) on your last question,
 /new to begin a new conversation, and /help for these commands. Ctrl-C stops an answer; Ctrl-C or
-Ctrl-D at the prompt ends the chat. Only answers go to stdout.
+Ctrl-D at the prompt ends the chat.
 """
 import contextlib
 import functools

@@ -1,8 +1,11 @@
 """The study's parts, and its claim on a small scale: the sign of the score keeps rDPO right."""
 import dataclasses
+import io
 import json
 import random
 import statistics
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -111,6 +114,27 @@ def test_finished_runs_are_not_run_again(tmp_path):
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     results = study.finish(jobs, str(tmp_path), None, work=None)  # None: not called
     assert results == {job: {"score": 3.0} for job in jobs}
+
+
+def test_each_finished_run_is_printed_before_the_next_one_ends(tmp_path, monkeypatch):
+    written = io.BytesIO()  # has only what was flushed
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="utf-8"))
+    jobs = [study.Run("rDPO", study.SYSTEMATIC, 4e-4, seed, "test") for seed in (0, 1, 2)]
+    seen = []
+
+    def work(job, out_dir):
+        end = time.monotonic() + 5
+        while written.getvalue().count(b"\n") < job.seed and time.monotonic() < end:
+            time.sleep(0.01)
+        seen.append(written.getvalue().decode().count("\n"))
+        return {"score": 3.0 + job.seed / 4}
+
+    with ThreadPoolExecutor(1) as pool:
+        study.finish(jobs, str(tmp_path), pool, work)
+    assert seen == [0, 1, 2]
+    assert written.getvalue().decode().splitlines() == [
+        f"run {n} of 3: rDPO, failing 40%, systematic, learning rate 0.0004, seed {n - 1}: "
+        f"score {score}" for n, score in ((1, "3.00"), (2, "3.25"), (3, "3.50"))]
 
 
 def test_runs_of_other_code_are_run_again(tmp_path, monkeypatch):
