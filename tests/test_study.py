@@ -12,6 +12,8 @@ import pytest
 
 import rdpo
 import train
+from infra import plots
+from infra.command import BadInput
 from toy import study, world
 
 
@@ -181,3 +183,21 @@ def test_rows_with_the_better_answer_first_and_a_fitted_temperature(drafts):
     assert len(tau_study.decided(whole)) < len(tau_study.decided(rows))
     (*_, temperature), same = tau_study.calibrated(rows, 0)
     assert same is rows and 0.3 < float(temperature) < 5
+
+
+# ------------------------------------------------------------------------------- curves of a run
+
+
+def test_curves_are_named_and_without_matplotlib_the_remedy_is(tmp_path, monkeypatch):
+    (tmp_path / "args.json").write_text('{"beta": 0.1, "data": [], "model": null}')
+    metrics = dict.fromkeys(("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen",
+                             "rewards/rejected", "logps/chosen", "logps/rejected"), 0.5)
+    lines = [{"step": 1} | metrics, {"step": 1} | {"eval/" + name: 0.5 for name in metrics}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = tmp_path / "curves.png"
+    assert plots.draw_curves([str(tmp_path)], str(path)) == f"curves in {path}"
+    assert path.stat().st_size > 10_000
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BadInput, match="^curves need matplotlib: pip install matplotlib$"):
+        plots.draw_curves([str(tmp_path)], str(path))
+    assert plots.NO_CURVES == "curves need matplotlib: pip install matplotlib"
