@@ -3,13 +3,14 @@
     python sample.py --model out                               a chat in the terminal
     python sample.py --model out --prompt "..." [--compare]    one answer [both, side by side]
 
-In the chat, type /base to hear the reference (the untrained student) on your last question, and
-/new to begin a new conversation. Ctrl-C stops an answer; Ctrl-C or Ctrl-D at the prompt ends the
-chat.
+In the chat, type /base to hear the reference (the untrained student) on your last question,
+/new to begin a new conversation, and /help for these commands. Ctrl-C stops an answer; Ctrl-C or
+Ctrl-D at the prompt ends the chat.
 """
 import contextlib
 import functools
 import os
+import re
 import sys
 
 import torch
@@ -66,12 +67,18 @@ def ask(model, tokenizer, prompt, args, seed, said=None):
     return answer.text
 
 
+COMMANDS = ("/base: the reference answers your last question; /new: a new conversation; /help: "
+            "this line; Ctrl-D ends the chat")
+
+
 def chat(student, tokenizer, args):
     """Answer lines of the input until it ends. Without a chat template each stands alone."""
     messages, prompt, seed = [], None, args.seed
     sys.stdin.reconfigure(errors="replace")  # what is not UTF-8
     with contextlib.suppress(ImportError):  # not every Python has it
         import readline  # noqa: F401, lets input() edit its line
+    if sys.stdin.isatty():
+        print(COMMANDS, file=sys.stderr)
     while True:
         try:
             line = input("> ").strip()
@@ -81,10 +88,15 @@ def chat(student, tokenizer, args):
         try:
             if line == "/new":
                 messages, prompt = [], None
+                print("a new conversation", file=sys.stderr)
+            elif line == "/help":
+                print(COMMANDS, file=sys.stderr)
             elif line == "/base":
                 if prompt is None:
                     raise BadInput("/base: ask the student something first")
                 ask(load_reference(args.model), tokenizer, prompt, args, seed, said)
+            elif re.match(r"/[^/\s]*(\s|$)", line):  # but a question may begin with /etc/hosts
+                raise BadInput(f"{line:.40}: no such command; {COMMANDS}")
             elif line:
                 seed += 1
                 asked = messages + [{"role": "user", "content": line}]

@@ -16,6 +16,7 @@ PANELS = (
     ("logps/rejected", "log-probability of rejected, nats"),
     ("log-ratio", "mean log-ratio to the reference, nats"),
 )
+NO_CURVES = "curves need matplotlib: pip install matplotlib"
 
 
 def have_matplotlib():
@@ -25,10 +26,10 @@ def have_matplotlib():
 def draw_curves(folders, path):
     """Draw the runs in out_dirs of train.py into one PNG: thin lines training, dots validation.
 
-    BadInput if a folder holds no run, or matplotlib is missing.
+    Returns a line that names it. BadInput if a folder holds no run, or matplotlib is missing.
     """
     if not have_matplotlib():
-        raise BadInput("curves need matplotlib: pip install matplotlib")
+        raise BadInput(NO_CURVES)
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
@@ -49,6 +50,7 @@ def draw_curves(folders, path):
                   frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+    return f"curves in {path}"
 
 
 def read_metrics(folder):

@@ -17,14 +17,20 @@ from infra.rows import few, read_object, stream_rows
 
 
 def histogram(values, width=40):
-    """Lines of a text histogram, in a few bins centred on round numbers, one of them 0."""
-    spread = max(values) - min(values)
+    """Lines of a text histogram: ties alone at 0, at most five bars of a round width per side.
+
+    A bar holds what is above the bar before, counted from 0, and at most its own number.
+    """
+    largest = max(map(abs, values))
     sizes = (digit * 10**power for power in range(-6, 39) for digit in (1, 2, 5))
-    size = next(size for size in sizes if spread <= 7 * size)
-    counts = Counter(round(value / size) for value in values)
+    size = next(size for size in sizes if largest <= 5 * size)
+    # Rounding: 1.1 / 0.1 is a little above 11.
+    counts = Counter(value and math.copysign(max(1, math.ceil(round(abs(value) / size, 9))), value)
+                     for value in values)
     most = max(counts.values())
-    return [f"{bin * size:+9.4g} {counts[bin]:6d} {'#' * math.ceil(width * counts[bin] / most)}"
-            for bin in range(min(counts), max(counts) + 1)]
+    return [f"{f'{bin * size:+.4g}' if bin else 'ties':>9s} {counts[bin]:6d} "
+            + "#" * math.ceil(width * counts[bin] / most)
+            for bin in range(int(min(counts)), int(max(counts)) + 1)]
 
 
 def show_gaps(gaps, what):
@@ -32,7 +38,7 @@ def show_gaps(gaps, what):
     ties, inversions = sum(gap == 0 for gap in gaps), sum(gap < 0 for gap in gaps)
     print(f"score gap, chosen minus rejected, of {len(gaps)} {what}: {ties} ties, "
           f"{inversions} inversions (the original scored higher)")
-    print("\n".join(histogram(gaps)))
+    print("\n".join(["   up to   rows", *histogram(gaps)]))
 
 
 def printable_tokens(tokenizer, ids):

@@ -9,12 +9,13 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line, read_lines
+from conftest import ROOT, assert_one_line, read_lines
 
 import data
 import eval as evaluation
 from infra import labels
 from infra.models import TOY_STUDENT, load_model
+from infra.report import histogram
 from toy import world
 
 ROWS = [{"id": i, "prompt": f"game {i}", "question": f"question {i}", "chosen": f"new {i}",
@@ -78,6 +79,46 @@ def test_a_session_stops_skips_and_continues(session, write_rows, tmp_path):
     assert code == 0 and "5 labels in" in screen and "continues" not in screen
     after = read_lines(tmp_path / "labels.jsonl")
     assert after[:2] == before and len({row["prompt"] for row in after}) == 5
+
+
+def test_undo_takes_the_last_label_back_also_from_the_file_and_asks_again(
+        session, write_rows, tmp_path):
+    path, out, asked, on_disk = write_rows(ROWS), tmp_path / "labels.jsonl", [], []
+
+    def type_keys(*keys):
+        keys = iter(keys)
+
+        def answer(question, first, second):
+            asked.append((question, first, second))
+            on_disk.append(out.read_text().count("\n") if out.exists() else 0)
+            return next(keys)
+
+        return session(path, answer)[1]
+
+    type_keys("s", "u", "q")
+    assert not out.exists()
+    asked.clear(), on_disk.clear()
+    screen = type_keys("u", "1", "u", "q")  # before any label; then the only one
+    assert asked[0] == asked[1] == asked[3] != asked[2] and on_disk == [0, 0, 1, 0]
+    assert screen.count("no label of this file to undo\n") == 1 and "0 labels in" in screen
+    asked.clear(), on_disk.clear()
+    type_keys("1", "2", "s", "u", "0", "q")  # 2 becomes 0; the skipped pair stays skipped
+    assert asked[4] == asked[1] and asked[5] == asked[3] and on_disk == [0, 1, 2, 2, 1, 2]
+    assert [row["preferred"] for row in read_lines(out)][1] == "tie"
+    type_keys("u", "2", "q")  # a label of an earlier session
+    assert asked[7] == asked[1] and on_disk[-3:] == [2, 1, 2]
+    first, second = read_lines(out)
+    assert [row["prompt"] for row in (first, second)] == [
+        shown[0].replace("question", "game") for shown in asked[:2]]
+    assert second[second["preferred"]] == asked[1][2] and first[first["preferred"]] == asked[0][1]
+
+
+def test_an_unknown_key_is_told_the_keys(session, write_rows, monkeypatch):
+    typed = iter(["x", "", "3", "q"])
+    screen = session(write_rows(ROWS), lambda *shown: next(typed))[1]
+    keys = "1 or 2; 0: neither; s: skip; u: undo the last label; q: stop and continue later\n"
+    assert screen.startswith("Which answer is better? " + keys) and screen.count(keys) == 4
+    assert screen.count("1 of 50") == 1
 
 
 def test_text_of_a_model_cannot_drive_the_terminal(session, write_rows):
@@ -175,6 +216,74 @@ def test_the_calibration_command(run_stage, run_train, write_rows, toy_rows):
                     "none of its 1 labels is of a pair of")
 
 
+def labelled(gaps, said):
+    """(scored rows, labels) of pairs with these score gaps, and what a person says of them."""
+    rows = [{"prompt": f"p{i}", "chosen": "new", "rejected": "old", "score_chosen": gap,
+             "score_rejected": 0} for i, gap in enumerate(gaps)]
+    return rows, [row | {"preferred": word} for row, word in zip(rows, said)]
+
+
+@pytest.mark.parametrize("sizes, bound, advice", [
+    ([4] * 40, 1.328, "keep the default T 1"), ([4] * 40 + [0.003], 1.153, "keep the default T 1"),
+    ([1] * 40, 0.332, "take train.py --tau_temperature 0.33"),
+    ([0.01] * 20, 0.00436, "take train.py --tau_temperature 0.0044"), ([1] * 2, math.inf, None)])
+def test_labels_that_all_agree_give_no_temperature_but_a_bound(
+        run_stage, write_rows, sizes, bound, advice):
+    gaps = [size * (-1) ** i for i, size in enumerate(sizes)]
+    rows, said = labelled(gaps, ["chosen" if gap > 0 else "rejected" for gap in gaps])
+    code, out, err = run_stage(data, write_rows(rows), "--calibrate", write_rows(said, "labels"))
+    assert code == 0 and not err and f"they agree on {len(gaps)} of {len(gaps)}" in out
+    assert f"\nT below {bound:.2g} (95 %); loss per label 0.0" in out
+    assert "tau at T 1\n" in out and not re.search(r"\de-\d", out)
+    if not advice:
+        assert out.endswith("too few labels to say anything of T: label more pairs\n")
+        return
+    assert f"only say that T is below {bound:.2g}: {advice}, or label pairs with closer" in out
+    losses = (math.log1p(math.exp(-size / bound)) for size in sizes)  # at T near 0 they are 0
+    assert sum(losses) == pytest.approx(1.92, rel=0.01)
+
+
+def test_scores_that_say_nothing_give_no_temperature(run_stage, write_rows):
+    gaps = [1, -2, 3, -1] * 10
+    for said in (["rejected" if gap > 0 else "chosen" for gap in gaps], ["tie"] * 40):
+        rows, said = labelled(gaps, said)
+        paths = write_rows(rows), "--calibrate", write_rows(said, "labels")
+        code, out, err = run_stage(data, *paths)
+        assert code == 0 and "inf" not in out and "tau_temperature" not in out
+        assert re.search(r"\nT above [\d.]+ \(95 %\); loss per label 0.693, at T 1 ", out)
+        assert err.startswith("warning: the scores say nothing") and "the judge's replies" in err
+    # All ties: the loss is the mean of log cosh(gap / 2T) above that of chance.
+    bound = float(out.split("T above ")[1].split()[0])
+    excess = sum(math.log(math.cosh(gap / 2 / bound)) for gap in gaps)
+    assert excess == pytest.approx(1.92, rel=0.1)
+
+
+def test_a_temperature_beyond_the_grid_is_none():
+    gaps = np.array([1.0, -1.0] * 10_000)  # the person agrees with 5002 of 10000: T 2500
+    agrees = np.arange(20_000) % 10_000 < 5_002
+    assert labels.fit_temperature(gaps, np.where(agrees, gaps > 0, gaps < 0).astype(float))[::2] \
+        == (math.inf, math.inf)
+    agrees = np.arange(20_000) % 10_000 < 5_050  # T = 1 / log(5050 / 4950)
+    best = labels.fit_temperature(gaps, np.where(agrees, gaps > 0, gaps < 0).astype(float))[0]
+    assert best == pytest.approx(1 / math.log(5050 / 4950), rel=0.01)
+
+
+def test_judges_that_train_py_does_not_mix_are_not_calibrated(run_stage, run_train, write_rows):
+    rows, said = labelled([1.0, -1.0] * 10, ["chosen", "tie"] * 10)
+    scaled = [row | {"judge": {"model": "m", "scale": [0, 1]}} for row in rows[:10]]
+    labels_path = write_rows(said, "labels")
+    mixed = write_rows(scaled + rows[10:], "mixed.jsonl")
+    refused = run_train("--data", mixed)
+    assert_one_line(refused, "scored by an unnamed judge on an unknown scale")
+    code, out, err = run_stage(data, mixed, "--calibrate", labels_path)
+    assert (code, out, err) == (2, "", refused[2].splitlines(keepends=True)[-1])
+    unscored = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows[10:]]
+    other_scale = [row | {"judge": {"model": "n", "scale": [0, 9]}} for row in rows[10:]]
+    for others in (unscored, other_scale):
+        path = write_rows(scaled + others, "fine.jsonl")
+        assert run_stage(data, path, "--calibrate", labels_path)[0] == 0
+
+
 def test_rows_with_tau_are_calibrated_by_their_log_odds(run_stage, write_rows):
     rng, rows, said = random.Random(1), [], []
     for i in range(300):
@@ -186,6 +295,40 @@ def test_rows_with_tau_are_calibrated_by_their_log_odds(run_stage, write_rows):
     code, out, _ = run_stage(data, write_rows(rows), "--calibrate", write_rows(said, "labels"))
     low, high = map(float, out.split("95 % interval ")[1].split(";")[0].split(" to "))
     assert code == 0 and low <= 3 <= high and low > 1.5
+
+
+# ------------------------------------------------------------------------------- bars of score gaps
+
+
+def bars(out):
+    """{number or "ties": rows} of the histogram that data.py printed."""
+    found = re.findall(r"^ +(ties|[+-][\d.e+-]+) +(\d+) #*$", out, re.M)
+    return {name if name == "ties" else float(name): int(count) for name, count in found}
+
+
+def test_the_bars_of_the_toys_gaps_agree_with_their_heading(run_stage, toy_rows):
+    gaps = [row["score_chosen"] - row["score_rejected"] for row in toy_rows]
+    code, out, err = run_stage(data, f"{ROOT}/toy/scored.jsonl")
+    assert code == 0, err
+    expected = {"ties": gaps.count(0)}
+    for n in range(1, 6):
+        expected |= {n: sum(n - 1 < gap <= n for gap in gaps),
+                     -n: sum(-n <= gap < 1 - n for gap in gaps)}
+    assert bars(out) == expected
+    assert f"{gaps.count(0)} ties, {sum(gap < 0 for gap in gaps)} inversions" in out
+
+
+@pytest.mark.parametrize("gaps, expected", [
+    ([0, 0, 0.01, -0.01, 0.04], {"ties": 2, 0.01: 1, 0.02: 0, 0.03: 0, 0.04: 1, -0.01: 1}),
+    ([0.3, 0.6, 0.7, 1.1, 2.1, -0.0], {"ties": 1, 0.5: 1, 1: 2, 1.5: 1, 2: 0, 2.5: 1}),
+    ([0.1, 0.2, 0.3, 0.4, 0.5, 1e-12], {0.1: 2, 0.2: 1, 0.3: 1, 0.4: 1, 0.5: 1}),
+    ([0.2, 0.4, 0.6, 0.8, -0.6], {-0.6: 1, -0.4: 0, -0.2: 0, "ties": 0, 0.2: 1, 0.4: 1, 0.6: 1,
+                                  0.8: 1}),
+    ([0, 0], {"ties": 2}), ([-7, 12], {-10: 1, -5: 0, "ties": 0, 5: 0, 10: 0, 15: 1})])
+def test_a_gap_that_is_no_tie_is_in_no_bar_of_ties(gaps, expected):
+    lines = histogram(gaps)
+    assert bars("\n".join(lines)) == expected and len(lines) == len(expected)
+    assert max(line.count("#") for line in lines) == 40
 
 
 # ---------------------------------------------------------------------------------------- suspects

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -186,7 +187,7 @@ def test_a_chat_asks_with_its_history_and_base_asks_the_same(run_chat, out):
     history = [{"role": "user", "content": PROMPT},
                {"role": "assistant", "content": answer_of(out, PROMPT)},
                {"role": "user", "content": "Are you sure?"}]
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "a new conversation\n")
     assert said == [answer_of(out, PROMPT), answer_of(TOY_STUDENT, PROMPT),
                     answer_of(out, history), "", "", answer_of(out, "Are you sure?"), ""]
     assert said[2] != said[5]  # the history matters
@@ -209,6 +210,35 @@ def test_what_the_template_gets(run_chat, scripted_model, out, toy_tokenizer):
     expected = [toy_tokenizer.apply_chat_template(turns[:n], add_generation_prompt=True).input_ids
                 for n in (1, 3, 3, 5)]
     assert asked == expected
+
+
+COMMANDS = ("/base: the reference answers your last question; /new: a new conversation; /help: "
+            "this line; Ctrl-D ends the chat")
+
+
+def test_commands_are_never_sent_and_what_they_print_is_no_answer(
+        run_chat, scripted_model, out, toy_tokenizer):
+    asked = scripted_model(lambda prompt: iter(["Yes."]), toy_tokenizer)
+    lines = ["/help", "/quit", "/", "/New", "/base please", "one", "/new", "/etc/hosts holds what?",
+             "3 / 4 is?"]
+    code, said, err = run_chat(lines, "--model", out)
+    assert code == 0 and said == [""] * 5 + ["Yes.", "", "Yes.", "Yes.", ""]
+    assert err.splitlines() == [COMMANDS] + [
+        f"error: {line}: no such command; {COMMANDS}" for line in lines[1:5]] + [
+        "a new conversation"]
+    questions = [re.findall(r"<\|user\|>(.*?)<\|end\|>", toy_tokenizer.decode(ids))
+                 for ids in asked]
+    assert questions == [["one"], lines[7:8], lines[7:]]
+
+
+def test_only_a_person_at_a_terminal_is_greeted_with_the_commands(
+        run_chat, scripted_model, out, toy_tokenizer, monkeypatch):
+    scripted_model(lambda prompt: iter(["Yes."]), toy_tokenizer)
+    piped = run_chat(["one"], "--model", out)
+    assert piped == (0, ["Yes.", ""], "")
+    terminal = type("Terminal", (io.TextIOWrapper,), {"isatty": lambda stream: True})
+    monkeypatch.setattr(io, "TextIOWrapper", terminal)
+    assert run_chat(["one"], "--model", out) == (*piped[:2], COMMANDS + "\n")
 
 
 def test_without_a_chat_template_each_line_stands_alone(run_chat, scripted_model, tmp_path):

@@ -1,14 +1,19 @@
 """The study's parts, and its claim on a small scale: the sign of the score keeps rDPO right."""
 import dataclasses
+import io
 import json
 import random
 import statistics
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import rdpo
 import train
+from infra import plots
+from infra.command import BadInput
 from toy import study, world
 
 
@@ -113,6 +118,27 @@ def test_finished_runs_are_not_run_again(tmp_path):
     assert results == {job: {"score": 3.0} for job in jobs}
 
 
+def test_each_finished_run_is_printed_before_the_next_one_ends(tmp_path, monkeypatch):
+    written = io.BytesIO()  # has only what was flushed
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="utf-8"))
+    jobs = [study.Run("rDPO", study.SYSTEMATIC, 4e-4, seed, "test") for seed in (0, 1, 2)]
+    seen = []
+
+    def work(job, out_dir):
+        end = time.monotonic() + 5
+        while written.getvalue().count(b"\n") < job.seed and time.monotonic() < end:
+            time.sleep(0.01)
+        seen.append(written.getvalue().decode().count("\n"))
+        return {"score": 3.0 + job.seed / 4}
+
+    with ThreadPoolExecutor(1) as pool:
+        study.finish(jobs, str(tmp_path), pool, work)
+    assert seen == [0, 1, 2]
+    assert written.getvalue().decode().splitlines() == [
+        f"run {n} of 3: rDPO, failing 40%, systematic, learning rate 0.0004, seed {n - 1}: "
+        f"score {score}" for n, score in ((1, "3.00"), (2, "3.25"), (3, "3.50"))]
+
+
 def test_runs_of_other_code_are_run_again(tmp_path, monkeypatch):
     path = str(tmp_path / "runs.jsonl")
     job = study.Run("DPO", study.World(), 1e-4, 0, "test")
@@ -157,3 +183,21 @@ def test_rows_with_the_better_answer_first_and_a_fitted_temperature(drafts):
     assert len(tau_study.decided(whole)) < len(tau_study.decided(rows))
     (*_, temperature), same = tau_study.calibrated(rows, 0)
     assert same is rows and 0.3 < float(temperature) < 5
+
+
+# ------------------------------------------------------------------------------- curves of a run
+
+
+def test_curves_are_named_and_without_matplotlib_the_remedy_is(tmp_path, monkeypatch):
+    (tmp_path / "args.json").write_text('{"beta": 0.1, "data": [], "model": null}')
+    metrics = dict.fromkeys(("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen",
+                             "rewards/rejected", "logps/chosen", "logps/rejected"), 0.5)
+    lines = [{"step": 1} | metrics, {"step": 1} | {"eval/" + name: 0.5 for name in metrics}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = tmp_path / "curves.png"
+    assert plots.draw_curves([str(tmp_path)], str(path)) == f"curves in {path}"
+    assert path.stat().st_size > 10_000
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BadInput, match="^curves need matplotlib: pip install matplotlib$"):
+        plots.draw_curves([str(tmp_path)], str(path))
+    assert plots.NO_CURVES == "curves need matplotlib: pip install matplotlib"

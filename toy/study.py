@@ -197,6 +197,13 @@ def make_drafts(seed, out_dir):
     atomic_write(path, json.dumps(drafts))
 
 
+def all_drafts(seeds, out_dir, pool):
+    """make_drafts for each seed, side by side."""
+    print(f"sampling first answers, {len(seeds)} seeds", flush=True)
+    list(tqdm(pool.map(make_drafts, seeds, itertools.repeat(out_dir)), total=len(seeds),
+              desc="seeds", unit="seed", disable=None, leave=False))
+
+
 # ------------------------------------------------------------------------------------------ runs
 
 
@@ -277,19 +284,24 @@ def finished_runs(path):
 
 
 def finish(jobs, out_dir, pool, work=train_and_measure):
-    """{job: result}. The pool runs the unfinished jobs; each result is at once appended."""
+    """{job: result}. The pool runs the unfinished jobs; each result is at once kept and printed."""
     path = os.path.join(out_dir, "runs.jsonl")
     finished = finished_runs(path)
     waiting = [job for job in dict.fromkeys(jobs) if json.dumps(asdict(job)) not in finished]
     with open(path, "a", encoding="utf-8") as file:
         futures = {pool.submit(work, job, out_dir): job for job in waiting}
-        for future in tqdm(as_completed(futures), total=len(futures), desc="runs", unit="run",
-                           disable=None, leave=False):
-            name = json.dumps(asdict(futures[future]))
+        for number, future in enumerate(tqdm(as_completed(futures), total=len(futures), desc="runs",
+                                             unit="run", disable=None, leave=False), 1):
+            job = futures[future]
+            name = json.dumps(asdict(job))
             finished[name] = future.result()
             line = {"code": CODE, "job": json.loads(name), "result": finished[name]}
             file.write(json.dumps(line) + "\n")
             file.flush()
+            tqdm.write(f"run {number} of {len(futures)}: {job.method}, failing "
+                       f"{column_name(job.conditions)}, learning rate {job.learning_rate:g}, seed "
+                       f"{job.seed}: score {finished[name]['score']:.2f}")
+            sys.stdout.flush()  # to a file or a pipe it is buffered
     return {job: finished[json.dumps(asdict(job))] for job in jobs}
 
 
@@ -496,7 +508,7 @@ def main():
 def quick_study(out_dir, pool):
     began, seeds = time.monotonic(), range(3)
     methods, worlds = ("DPO", "rDPO"), (RANDOM[0], SYSTEMATIC)
-    list(pool.map(make_drafts, seeds, itertools.repeat(out_dir)))
+    all_drafts(seeds, out_dir, pool)
     jobs = [Run(method, conditions, 4e-4, seed, "test")
             for method in methods for conditions in worlds for seed in seeds]
     results = Results(finish(jobs, out_dir, pool), baselines=[])
@@ -510,7 +522,7 @@ def quick_study(out_dir, pool):
 def full_study(out_dir, pool):
     seeds = range(5)
     baselines = pool.map(untrained, seeds)
-    list(pool.map(make_drafts, [*seeds, *TUNING_SEEDS], itertools.repeat(out_dir)))
+    all_drafts([*seeds, *TUNING_SEEDS], out_dir, pool)
     tuning = finish([job for method in COMPARED for conditions in TUNED for rate in LEARNING_RATES
                      for job in tuning_runs(method, conditions, rate)], out_dir, pool)
     rates = best_rates(tuning)
