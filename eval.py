@@ -84,7 +84,7 @@ def answer_rows(path, system, model, tokenizer, rows, task, args):
                 "max_new_tokens": args.max_new_tokens}
     settings |= {"asked": [task.critique, task.revision]} if task else {}
     keys = ("behaviour", "prompt", "question")
-    rows = [{"id": f"{system}/{row['id']}", "row": row["id"], "system": system,
+    rows = [{"id": f"{system}/{row['id']}", "row": row["id"], "answered_by": system,
              "made_with": settings} | {key: row[key] for key in keys if key in row}
             for row in rows]
 
@@ -194,7 +194,7 @@ def ask_judge(args, task, answers):
         asked = [row for rows in answers.values() for row in rows]
         scores, unscored = judge_rows(args, task, asked, "eval.jsonl", "score")
     if args.pairwise:
-        keys = ("id", "row", "system", "prompt", "question", "answer")
+        keys = ("id", "row", "answered_by", "prompt", "question", "answer")
         asked = [{key: row[key] for key in keys if key in row} | {"base": base["answer"]}
                  for name, rows in answers.items() if name != "base"
                  for row, base in zip(rows, answers["base"])]

@@ -25,7 +25,7 @@ from infra.card import write_card
 from infra.command import (BadInput, Parser, above_0, at_least, between, number, one_line, path,
                            run, template_kwargs, warn)
 from infra.lora import without_lora
-from infra.plots import draw_curves, have_matplotlib, read_metrics
+from infra.plots import NO_CURVES, draw_curves, have_matplotlib, read_metrics
 from infra.policy import load_policy, place
 from infra.reference import ReferenceCache
 from infra.rounding import Masters
@@ -344,8 +344,8 @@ def finish(args, began, tokenizer, train_pairs, val, val_metrics, peaks, saved_l
              f"{validation[-1]['eval/loss']:.4f} now; try a lower --learning_rate, or fewer steps")
     lines = [TABLE_HEAD, table_line(validation[0]["step"], {}, validation[0]),
              table_line(validation[-1]["step"], training[-1], val_metrics)]
-    if have_matplotlib():
-        draw_curves([args.out_dir], os.path.join(args.out_dir, "curves.png"))
+    curves = os.path.join(args.out_dir, "curves.png")
+    print(draw_curves([args.out_dir], curves) if have_matplotlib() else NO_CURVES)
     if not args.save_adapter and not args.skip_saved_check:
         lines.append(check_saved(val, val_metrics, args))
         peaks.end("check")

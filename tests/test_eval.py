@@ -19,7 +19,7 @@ import rdpo
 import train
 from data import encode_prompt, load_pairs
 from infra.command import BadInput
-from infra.generate import Answer, generate
+from infra.generate import Answer, fault, generate
 from infra.intervals import bootstrap, equal_length, mean, ratio
 from infra.models import TOY_STUDENT, load_model, load_tokenizer
 from infra.paragraphs import load_paragraphs
@@ -120,7 +120,10 @@ def test_an_answer_ends_with_its_end_token_or_is_cut(base, toy_tokenizer, prompt
 
 class Letters:
     """A tokenizer of seven tokens; 0 ends an answer."""
-    eos_token_id = 0
+    chat_template, eos_token, eos_token_id, bos_token_id = None, "0", 0, None
+
+    def __call__(self, text, add_special_tokens):
+        return types.SimpleNamespace(input_ids=[int(text)])
 
     def decode(self, ids, skip_special_tokens):
         return str(ids)
@@ -272,12 +275,12 @@ def test_score_gap_at_equal_length():
     ("I am an honest AI. I am an honest AI.", "stop", ""),
     ("I am an honest AI. I am an honest AI. And I am an honest AI.", "stop", "repetitive")])
 def test_degenerate_answers(text, finish, wanted):
-    assert evaluation.fault({"answer": text, "finish": finish}) == wanted
+    assert fault(text, finish) == wanted
 
 
 def test_good_answers_are_not_degenerate(toy_rows):
     answers = [row[name] for row in toy_rows for name in ("chosen", "rejected")]
-    assert not any(evaluation.fault({"answer": text, "finish": "stop"}) for text in answers)
+    assert not any(fault(text, "stop") for text in answers)
 
 
 def test_a_new_measurement_is_a_row_and_one_without_values_is_none():
@@ -367,7 +370,7 @@ def test_several_models_one_table_and_no_judge(run_eval, student, base, tmp_path
     a, b, own = (cells(out, "all, 12 prompts", name) for name in (student, other, "base"))
     assert a["KL from base, nats"] == b["KL from base, nats"] and own["KL from base, nats"] == "-"
     rows = [row for row in read_lines(tmp_path / "eval" / "answers.jsonl")
-            if row["system"] == student]
+            if row["answered_by"] == student]
     policy = load_model(student)
     ratios = [exact_logp(policy, row["prompt_ids"], row["ids"])
               - exact_logp(base, row["prompt_ids"], row["ids"]) for row in rows]
@@ -459,7 +462,7 @@ def test_pairwise_in_both_orders(reply, wanted, scripted, run_eval, student, mon
 
 
 def fake_answers(path, system, rows, lengths):
-    rows = [{"id": f"{system}/{row['id']}", "row": row["id"], "system": system,
+    rows = [{"id": f"{system}/{row['id']}", "row": row["id"], "answered_by": system,
              "prompt": row["prompt"], "answer": length * "long ", "finish": "stop", "turns": [],
              "prompt_ids": [1], "ids": [1] * length} for row, length in zip(rows, lengths)]
     with open(path, "a", encoding="utf-8") as file:
@@ -499,7 +502,7 @@ def test_self_refinement_is_one_growing_conversation(run_eval, monkeypatch, tmp_
     assert [[(message["role"], message["content"]) for message in prompts[0]]
             for prompts in asked[3:]] == [conversation[:3], conversation]
     row = next(row for row in read_lines(tmp_path / "eval" / "answers.jsonl")
-               if row["system"] == "base + self-refine")
+               if row["answered_by"] == "base + self-refine")
     assert (row["turns"], row["answer"]) == (["reply 3", "reply 4"], "reply 5")
     (refined,) = read_lines(tmp_path / "eval" / "refined.jsonl")  # what reward.py reads
     assert (refined["rejected"], refined["critique"], refined["chosen"]) == (
@@ -517,7 +520,7 @@ def test_scored_pairs_give_the_numbers_of_train(run_stage, student, base, toy_ro
     assert code == 0, err
     row = cells(out, "pairs of", student)
     args = types.SimpleNamespace(beta=0.1, loss="rdpo", tau_temperature=1.0, tokens_per_batch=2048,
-                                 sft_weight=0.0, device="cpu", dtype="float32")
+                                 sft_weight=0.0, device="cpu", dtype="float32", eval_data=None)
     pairs, _ = load_pairs(path, toy_tokenizer, 1024, needs_scores=True)
     reference = evaluation.answer_logps(base, pairs)
     gaps = torch.tensor([pair.score_gap for pair in pairs])
@@ -582,7 +585,8 @@ def test_the_base_answers_the_bare_question(toy_server, run_eval, base, toy_toke
     code, out, err = run_eval("--bare_question", "--max_new_tokens", 40, url=toy_server())
     assert code == 0, err
     name = "base, bare question"
-    rows = [row for row in read_lines(tmp_path / "eval" / "answers.jsonl") if row["system"] == name]
+    rows = [row for row in read_lines(tmp_path / "eval" / "answers.jsonl")
+            if row["answered_by"] == name]
     questions = {row["id"]: row["question"] for row in PROMPTS}
     assert {row["row"]: row["prompt"] for row in rows} == questions
     asked = [encode_prompt(toy_tokenizer, row["prompt"]) for row in rows]
@@ -594,7 +598,7 @@ def test_the_base_answers_the_bare_question(toy_server, run_eval, base, toy_toke
     assert column["judged"] == "12/12" and column[SCORE].startswith(f"{score:.2f} [")
     # Control: the whole prompts get other answers.
     own = [row["answer"] for row in read_lines(tmp_path / "eval" / "answers.jsonl")
-           if row["system"] == "base"]
+           if row["answered_by"] == "base"]
     assert len(own) == 12 and own != answers
     prompts = [{"id": "1", "prompt": "Why?"}, {"id": "2", "prompt": "How?", "question": "How?"}]
     code, _, err = run_eval("--bare_question", prompts=prompts)

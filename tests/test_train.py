@@ -692,18 +692,17 @@ class Died(Exception):
     """Stands for a kill in tests that resume within this process."""
 
 
-def run_until(run_train, monkeypatch, evaluation, *flags):
-    """Run train.py and let it die in its n-th call of mean_metrics (evaluations and steps)."""
-    mean_metrics, calls = train.mean_metrics, []
+def run_until(run_train, monkeypatch, last_step, *flags):
+    """Run train.py and let it die in a step (the first is 1), just before its update."""
+    learning_rate = train.learning_rate
 
-    def dies(*arguments):
-        calls.append(arguments)
-        if len(calls) == evaluation:
+    def dies(step, *arguments):
+        if step + 1 == last_step:
             raise Died
-        return mean_metrics(*arguments)
+        return learning_rate(step, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(Died):
-        patch.setattr(train, "mean_metrics", dies)
+        patch.setattr(train, "learning_rate", dies)
         run_train(*flags)
 
 
@@ -713,7 +712,7 @@ def test_a_run_that_died_is_resumed_to_the_bit(
     flags = ["--data", write_rows(toy_rows[:60]), "--max_steps", 5, "--save_every", 2,
              "--eval_every", 5, *lora]
     assert run_train(*flags, "--out_dir", tmp_path / "straight")[0] == 0
-    run_until(run_train, monkeypatch, 5, *flags)  # the evaluation at step 0, then in step 4
+    run_until(run_train, monkeypatch, 4, *flags)
     code, out, _ = run_train(*flags, "--resume")
     assert code == 0 and "from step 2" in out
     assert without_clock(tmp_path / "out") == without_clock(tmp_path / "straight")
