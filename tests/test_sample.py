@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import random
 import re
 import select
 import shutil
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import termios
 import time
+import types
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from infra.generate import Answer, TextPieces, generate
 from infra.lora import without_lora
 from infra.models import TOY_STUDENT, load_model, load_tokenizer
 from infra.report import side_by_side
+from toy import world
 
 PROMPT = "Act as a vampire. Is it true that you have fed a goat in Iceland?"
 
@@ -375,3 +378,37 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_a_key_at_the_prompt_ends_the_
             break
     assert process.wait(1) == 0
     os.close(mine)
+
+
+# ------------------------------------------------------------------------- before and after training
+
+
+def answers(*texts, finish="stop"):
+    return [Answer(text, finish, [1], [2]) for text in texts]
+
+
+@pytest.mark.parametrize("after, cut, said", [
+    (["Fine.", "Good."], False, None),
+    (["", "Good."], False, "1 of 2 answers are empty or repeat themselves, 0 of the reference's"),
+    (["a b c d a b c d a b c d", "Good."], False, "1 of 2 answers are empty or repeat"),
+    (["Fine", "Goo"], True, None)])
+def test_a_student_that_breaks_off_or_repeats_itself_is_said(capsys, after, cut, said):
+    rows, args = [{"prompt": "q"}, {"prompt": "p"}], types.SimpleNamespace(max_new_tokens=8)
+    sample.show_answers(rows, answers("Yes.", "No."),
+                        answers(*after, finish="length" if cut else "stop"), args)
+    out, err = capsys.readouterr()
+    assert ("2 of 2 answers of the student were cut at --max_new_tokens 8" in out) == cut
+    assert said in err and "try a lower --learning_rate" in err if said else err == ""
+
+
+def test_right_answers_that_became_wrong_are_said(capsys):
+    """The rates are counted by hand: all prompts of one behaviour get an empty answer."""
+    rows, args = world.held_out_rows(), types.SimpleNamespace(max_new_tokens=64)
+    good = answers(*(world.revise(row["prompt"], random.Random(0), "good") for row in rows))
+    behaviour = rows[0]["behaviour"]
+    worse = [Answer("Certainly not.", "stop", [1], [2]) if row["behaviour"] == behaviour else answer
+             for row, answer in zip(rows, good)]
+    sample.show_answers(rows, good, good, args)
+    assert capsys.readouterr().err == ""
+    sample.show_answers(rows, good, worse, args)
+    assert f"right answers of {behaviour} fell from 1.00 to 0.00" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -71,7 +72,8 @@ def test_any_micro_batch_split_gives_the_same_gradient(
     def gradient(batches, pair_count=12, token_count=tokens):
         model.zero_grad()
         for batch in batches:
-            train.forward(model, data.part(batch), args, pair_count, token_count)[0].sum().backward()
+            losses, _ = train.forward(model, data.part(batch), args, pair_count, token_count)
+            losses.sum().backward()
         return torch.cat([weight.grad.flatten() for weight in model.parameters()])
 
     whole = gradient([list(range(12))])
@@ -811,3 +813,49 @@ def test_a_half_written_state_is_not_used(run_train, tmp_path, toy_rows, write_r
     (tmp_path / "out" / "state" / "step-00000009.tmp").mkdir()
     code, out, _ = run_train("--data", path, "--max_steps", 2, "--resume")
     assert code == 0 and "from step 2" in out
+
+
+# ----------------------------------------------------------------- what a person is told at the end
+
+
+def test_each_file_of_eval_data_has_its_own_line_and_is_logged(
+        run_train, toy_rows, write_rows, tmp_path):
+    """Alone, a file has the same numbers. Two files of one name are told apart by their folders."""
+    (tmp_path / "more").mkdir()
+    paths = write_rows(toy_rows[60:70], "a.jsonl"), write_rows(toy_rows[70:85], "b.jsonl")
+    same_name = write_rows(toy_rows[70:85], "more/a.jsonl")
+    flags = ("--data", write_rows(toy_rows[:60]), "--max_steps", 2)
+    code, out, err = run_train(*flags, "--eval_data", *paths)
+    assert code == 0, err
+    _, evaluations = read_metrics(tmp_path / "out")
+    last = evaluations[-1]
+    assert last["eval/loss"] == pytest.approx(
+        (10 * last["eval/a.jsonl/loss"] + 15 * last["eval/b.jsonl/loss"]) / 25, abs=1e-6)
+    assert f"a.jsonl        |           {last['eval/a.jsonl/loss']:.4f}" in out
+    code, out, err = run_train(*flags, "--eval_data", paths[1], "--out_dir", tmp_path / "alone")
+    assert code == 0, err
+    _, alone = read_metrics(tmp_path / "alone")
+    for name in ("loss", "rewards/margins", "logps/chosen", "rewards/accuracies"):
+        assert last[f"eval/b.jsonl/{name}"] == pytest.approx(alone[-1][f"eval/{name}"], abs=1e-5)
+    code, out, err = run_train(*flags, "--eval_data", paths[0], same_name, "--overwrite")
+    assert code == 0, err
+    _, evaluations = read_metrics(tmp_path / "out")
+    assert {f"eval/{path}/loss" for path in (paths[0], same_name)} <= evaluations[-1].keys()
+
+
+def test_the_toys_own_folder_is_the_toy(run_train, toy_rows, write_rows, tmp_path):
+    flags = ("--data", write_rows(toy_rows[:40]), "--max_steps", 1)
+    assert run_train(*flags)[0] == 0
+    code, out, _ = run_train(*flags, "--model", os.path.relpath(TOY_STUDENT, os.getcwd()),
+                             "--out_dir", tmp_path / "named")
+    assert code == 0 and "learning rate 0.0003" in out and "right answers" in out
+    assert same_weights(weights_of(tmp_path / "out"), weights_of(tmp_path / "named"))
+
+
+def test_a_validation_loss_that_rose_is_said(run_train, toy_rows, write_rows):
+    flags = ("--data", write_rows(toy_rows[:60]), "--max_steps", 3, "--eval_every", 1)
+    code, _, err = run_train(*flags)
+    assert code == 0 and err == ""
+    code, _, err = run_train(*flags, "--learning_rate", 0.05, "--overwrite")
+    assert code == 0
+    assert re.search(r"warning: the validation loss was 0.6931 after step 0, and is \d", err), err
