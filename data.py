@@ -271,7 +271,7 @@ def collate(pairs, share_prefix=False, rows=None):
     Anything with prompt_ids and as many answers (lists of ids) as the others can be a pair.
     """
     both = range(len(pairs[0].answers))  # 0: chosen, 1: rejected
-    # Each row of tokens as a list of (pair, its answers there): [(0, [0, 1]), (3, [0, 1])], say.
+    # A row of tokens as a list of (pair, which of its answers): [(0, (0, 1)), (3, (0, 1))], say.
     if share_prefix:
         rows = [[(i, both) for i in row]
                 for row in rows or pack([batch_tokens(pair, True) for pair in pairs])]
@@ -330,8 +330,9 @@ def micro_batches(pairs, indices, tokens_per_batch, share_prefix, rank=0, world_
     by_length = sorted(indices, key=lambda i: (size(i), i))
     of_ranks = [[] for _ in range(world_size)]
     for r, batches in enumerate(of_ranks):
-        for i in by_length[r::world_size]:  # ascending, so the newest pair is the longest
+        for i in by_length[r::world_size]:
             more = [*batches[-1], i] if batches else []
+            # With one answer per row all are padded to the newest, which is the longest.
             tokens = sum(map(size, more)) if share_prefix else size(i) * len(more)
             if batches and tokens <= tokens_per_batch:
                 batches[-1].append(i)

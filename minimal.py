@@ -23,7 +23,10 @@ policy = AutoModelForCausalLM.from_pretrained("toy/student", dtype=torch.float32
 
 
 def encode(prompt, answer=None):
-    """Token ids of a chat: a user's prompt and, with its end-of-turn token, an answer."""
+    """Token ids of a chat: a user's prompt and, with its end-of-turn token, an answer.
+
+    The toy's prompts end with a control token, so no token spans prompt and answer.
+    """
     chat = [{"role": "user", "content": prompt}]
     if answer is not None:
         chat.append({"role": "assistant", "content": answer})

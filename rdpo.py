@@ -21,7 +21,9 @@ one function, `preference_probability`, so another reading is a change of one li
 
 Shapes: P pairs of a dataset; B pairs of a micro-batch, which is what one forward pass takes; R rows
 of L tokens (R <= B if a row holds whole pairs, R = 2B if it holds one prompt and answer); N tokens
-of all answers; D hidden size; V vocabulary size. This file needs torch alone and can be copied out.
+of all answers; D hidden size; V vocabulary size. Of a data.Batch this file reads input_ids,
+segments and position_ids (R, L each), hidden_index and targets (N each), answer_lengths (2B) and
+share_prefix, whether a row holds whole pairs. It needs torch alone and can be copied out.
 
     python rdpo.py        print the loss and its gradient for a few score gaps
 """
@@ -133,7 +135,8 @@ def sequence_logps(model, batch):
     TokenLogps.
     """
     inputs = {"input_ids": batch.input_ids}
-    # With one answer per row padding stands behind it: the model's own mask and positions do.
+    # With one answer per row padding comes last, where causal attention never reads it: the model's
+    # own mask and positions are right. Else:
     if batch.share_prefix:
         inputs |= {"position_ids": batch.position_ids,
                    "attention_mask": attention_mask(model, batch)}
@@ -171,10 +174,10 @@ def attention_mask(model, batch):
 
     dtype = model.get_input_embeddings().weight.dtype  # the layers compute in it
 
-    def additive(seen):  # (R, L, L) bool -> float: eager attention would add a bool as 0 and 1
+    def additive(seen):  # (R, L, L) bool -> float: some attention kernels add the mask to scores
         # CUDA's fused attention copies a mask in every layer unless its strides are multiples of
-        # 8. So its rows are 1 to 8 columns longer in memory, never 0: for a mask without a gap
-        # torch.compile would make another graph.
+        # 8. So its rows are longer in memory, by 1 to 8 columns and never by 0: torch.compile would
+        # build a second graph for a mask without a gap.
         rows, width, _ = seen.shape
         mask = torch.zeros(rows, width, width + 8 - width % 8, dtype=dtype,
                            device=seen.device)[..., :width]  # (R, L, L)
@@ -233,7 +236,7 @@ class TokenLogps(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if weight.requires_grad else None  # (V, D)
         grad_bias = None if bias is None else torch.zeros_like(bias)  # (V,)
         for chunk, logits in logits_in_chunks(hidden, weight, bias, ctx.scale, ctx.cap):
-            # Of cap * tanh(x / cap), before the logits are written over.
+            # d cap * tanh(x / cap) / dx; computed before the logits are written over
             slope = 1 - (logits / ctx.cap) ** 2 if ctx.cap else None  # (n, V)
             # -softmax + onehot, written over the logits
             grad = logits.sub_(log_totals[chunk, None]).exp_().mul_(-grad_logps[chunk, None])

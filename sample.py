@@ -126,7 +126,7 @@ def sample_answers(policy, tokenizer, rows, args):
     if ranks.rank() > 0 and not args.fsdp:
         return []
     ids = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
-    with models.eager(args):
+    with models.uncompiled(args):
         return generate(policy, tokenizer, ids, args.max_new_tokens)
 
 

@@ -51,10 +51,14 @@ class Dataset(NamedTuple):
     lean: torch.Tensor  # (P,) above 0: the judge prefers chosen; nan: not judged
     weight: torch.Tensor  # (P,) of the pair's loss
 
+    @property
+    def tensors(self):
+        return self[2:]  # all fields behind share_prefix
+
     def part(self, indices):
         indices = list(indices)
         return Dataset([self.pairs[i] for i in indices], self.share_prefix,
-                       *(tensor[indices] for tensor in self[2:]))
+                       *(tensor[indices] for tensor in self.tensors))
 
 
 def policy_logps(policy, batch):
@@ -67,8 +71,8 @@ def policy_logps(policy, batch):
 def rank_batches(pairs, indices, share_prefix, args):
     """This rank's micro-batches: (list of indices, whether it is real).
 
-    Under FSDP every forward pass needs all ranks. A rank with fewer micro-batches than another
-    computes a pair once more, which then does not count.
+    A rank with fewer micro-batches than another computes a pair once more, which then does not
+    count: under FSDP every forward pass needs all ranks, and DDP takes the same path.
     """
     batches = micro_batches(pairs, indices, args.tokens_per_batch, share_prefix, ranks.rank(),
                             ranks.world_size())
@@ -84,7 +88,7 @@ def forward(policy, data, args, pair_count, chosen_tokens):
     batch = collate(data.pairs, data.share_prefix).to(policy.device)
     chosen_logps, rejected_logps = policy_logps(policy, batch).view(2, -1)  # (B,) each
     ref_chosen_logps, ref_rejected_logps, tau, lean, weight = (
-        ranks.send(tensor, policy.device) for tensor in data[2:])  # (B,) each
+        ranks.send(tensor, policy.device) for tensor in data.tensors)  # (B,) each
     kind = LOSSES[args.loss]
     losses, chosen_rewards, rejected_rewards = rdpo_loss(
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, tau, args.beta,
@@ -138,8 +142,9 @@ def mean_metrics(losses, values):
     """{name: number} over all ranks, from forward_all's. The CPU waits for the GPU here."""
     stacked = torch.stack(list(values.values()))  # (M, B)
     left_out = stacked.isnan() & ~values["rewards/margins"].isnan()  # (M, B)
-    sums, counts = stacked.masked_fill(left_out, 0).sum(1), (~left_out).sum(1)  # (M,) each
-    loss, *numbers = ranks.all_reduce(torch.cat([losses.sum()[None], sums, counts])).tolist()
+    own_sums, own_counts = stacked.masked_fill(left_out, 0).sum(1), (~left_out).sum(1)  # (M,) each
+    own = torch.cat([losses.sum()[None], own_sums, own_counts])  # (1 + 2M,)
+    loss, *numbers = ranks.all_reduce(own).tolist()
     sums, counts = numbers[:len(values)], numbers[len(values):]
     return {"loss": loss} | {name: total / count for name, total, count
                              in zip(values, sums, counts) if count}
@@ -206,7 +211,7 @@ def choose_layout(policy, pairs, args):
         batch = collate(tried, share_prefix, rows=[[*range(len(tried))]])
         return policy_logps(policy, batch.to(policy.device))
 
-    with models.eager(args):
+    with models.uncompiled(args):
         return selfcheck.can_share_prefix(policy, pairs, args, fast_logps, plain_sequence_logps)
 
 
@@ -259,8 +264,8 @@ def train_student(args, device, dtype):
     states = checkpoint.Run(args, masters, optimizer, scaler, train, cache.name)
     first_step = states.begin()
     masters.round(first_step)
-    print_plan(args, policy, train, val, cache, first_step, total_steps, weights_before,
-               saved_dtype if dtype == torch.float32 else dtype)  # the 16-bit grid, if there is one
+    coarsest = saved_dtype if dtype == torch.float32 else dtype  # of the dtypes on the way
+    print_plan(args, policy, train, val, cache, first_step, total_steps, weights_before, coarsest)
     val_metrics, pairs, values = evaluate(policy, val, args)
     selfcheck.check_student(first_step, masters, val_metrics["eval/loss"], states.folder)
     if first_step == 0:  # the policy is the reference: all rewards are 0
@@ -284,10 +289,10 @@ def train_student(args, device, dtype):
         order = epoch_order(len(train_pairs), args.seed, epoch)
         data = train.part(order[n * args.batch_size:(n + 1) * args.batch_size])
         losses, pairs, values = forward_all(policy, data, args, backward)
-        # In 16 bits a hook has added each gradient to its float32 master. FSDP's come only now.
+        # In 16 bits gradients go to the float32 masters: by a hook during backward, FSDP's now.
         masters.collect_gradients()
-        ranks.sum_gradients(flat_gradients)
-        if step == 0:  # as for the validation pairs above
+        ranks.sum_gradients(flat_gradients)  # DDP's; FSDP has summed its own
+        if step == 0:  # the cached reference of these pairs, as of the validation pairs above
             selfcheck.check_step_0(pairs, values, args, cache.path)
 
         # Update. If loss or gradient is not finite the run stops; float16 skips the step.
@@ -301,7 +306,7 @@ def train_student(args, device, dtype):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=flat_gradients is None)  # DDP's are views of a buffer
-        masters.round(step + 1)
+        masters.round(step + 1)  # the model's 16-bit weights anew; in float32 it has the masters
 
         # Log, evaluate, save. Evaluate before the save: a resumed run would not do it again.
         done = step + 1
@@ -316,6 +321,7 @@ def train_student(args, device, dtype):
                 print(table_line(done, metrics, val_metrics))
         stop = ranks.maximum(stop_signal.number)  # a signal to one rank stops all
         if done % args.save_every == 0 or done == total_steps or stop:
+            # With the loss of the latest evaluation.
             selfcheck.check_student(done, masters, val_metrics["eval/loss"], states.folder)
             states.save(done)
         if stop:
@@ -444,7 +450,7 @@ def get_args(argv=None):
     flag("--max_grad_norm", type=above_0(), default=1.0)
     flag("--epochs", type=at_least(1), default=1)
     flag("--max_steps", type=at_least(1), help="number of steps, in place of --epochs")
-    flag("--batch_size", type=at_least(1), default=16, help="pairs per optimizer step")
+    flag("--batch_size", type=at_least(1), default=16, help="pairs per step, over all ranks")
     flag("--seed", type=at_least(0), default=0)
     # LoRA
     flag("--lora_rank", type=at_least(0), default=0, help="train adapters of this rank, 0: none")

@@ -171,7 +171,7 @@ def compile_layers(model):
         layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
-def eager(args):
+def uncompiled(args):
     """Without compiling, where it would make graphs that training never uses."""
     return torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
 

@@ -380,7 +380,7 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_a_key_at_the_prompt_ends_the_
     os.close(mine)
 
 
-# ------------------------------------------------------------------------- before and after training
+# ----------------------------------------------------------------------- before and after training
 
 
 def answers(*texts, finish="stop"):
