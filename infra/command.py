@@ -92,6 +92,8 @@ def path(text):
 
 def run(main):
     """Run a command's main(). BadInput exits with 2, a full disk with 1, Ctrl-C with 130."""
+    for stream in (sys.stdout, sys.stderr):  # a character that a console lacks is no error
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()

@@ -1,9 +1,14 @@
 """Files that are written whole or not at all, by one writer at a time."""
 import contextlib
-import fcntl
 import os
 import re
 import socket
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+    fcntl = None
 
 from safetensors import SafetensorError
 
@@ -56,7 +61,7 @@ def only_writer(path):
     """Hold <path>.lock. BadInput says which process holds it if another one does.
 
     Two runs of the same command would write every row twice. The system frees the lock of a
-    process that dies; its file may stay and does no harm.
+    process that dies; its file may stay and does no harm (on Windows it always stays).
     """
     name = f"{path}.lock"
     try:
@@ -66,11 +71,15 @@ def only_writer(path):
                        "written to") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:  # one byte, far behind the text, which others may then read
+                os.lseek(file.fileno(), 2**20, os.SEEK_SET)
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
             # The process before may have removed the file after we opened it.
             held = not os.path.exists(name) or not os.path.samestat(
                 os.fstat(file.fileno()), os.stat(name))
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):  # as fcntl says it, and as msvcrt does
             held = True
         file.seek(0)
         if held:
@@ -82,4 +91,5 @@ def only_writer(path):
         try:
             yield
         finally:
-            os.remove(name)
+            if fcntl:  # Windows removes no open file
+                os.remove(name)

@@ -1,13 +1,17 @@
 """What a training run prints: the plan, the table, peaks of memory."""
 import math
 import os
-import resource
 import sys
 
 import torch
 
 import infra.distributed as ranks
 from infra.models import TOY_STUDENT
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 COLUMNS = (  # of the table: title, metric of the validation pairs, form
     ("validation: loss", "loss", ".4f"), ("accuracy", "rewards/accuracies", ".2f"),
@@ -73,9 +77,11 @@ def print_parts(val_metrics):
 
 
 def peak_memory_mib(device):
-    """Peak memory of this process in MiB: the GPU's, or what was resident."""
+    """Peak memory of this process in MiB: the GPU's, or what was resident; nan on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
+    if resource is None:
+        return math.nan
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
