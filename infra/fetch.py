@@ -19,6 +19,7 @@ from requests.adapters import HTTPAdapter, Retry
 
 from infra.command import BadInput
 from infra.files import atomic_write
+from infra.formats import SYSTEM
 from infra.rows import decode, parse_rows, read_text
 from infra.task import load_task
 
@@ -64,25 +65,28 @@ def draw_prompts(rows, source, templates, seed, limit):
     Held out: a share of the drawn rows, topped up to HELD_OUT with rows that were not drawn. Rows
     of one group stay together, so no question is on both sides of the split.
     """
-    candidates, skipped = {}, Counter()  # prompt -> (question, group)
+    candidates, skipped = {}, Counter()  # (prompt, system message) -> (question, group)
     for row in rows:
         question = text_at(row, source.question)
         prompt = "\n".join(filter(None, [text_at(row, source.persona), question]))
+        system = "" if source.persona in SYSTEM else next(
+            filter(None, (text_at(row, name) for name in SYSTEM)), "")
         reason = reason_to_skip(row, source)
-        if not reason and prompt in candidates:
+        if not reason and (prompt, system) in candidates:
             reason = "the same prompt again"
         if reason:
             skipped[reason] += 1
         else:
-            candidates[prompt] = question, text_at(row, source.group) or question
+            candidates[prompt, system] = question, text_at(row, source.group) or question
     rng, candidates = np.random.default_rng(seed), list(candidates.items())
     shuffled = []  # (group, row)
     for i in rng.permutation(len(candidates))[:limit]:
-        prompt, (question, group) = candidates[i]
+        (prompt, system), (question, group) = candidates[i]
         if templates:
             prompt = templates[rng.integers(len(templates))].replace("{request}", prompt)
-        row_id = hashlib.sha256(json.dumps([prompt, question]).encode()).hexdigest()[:16]
-        shuffled.append((group, {"id": row_id, "prompt": prompt, "question": question}))
+        texts = {"prompt": prompt, "question": question} | ({"system": system} if system else {})
+        row_id = hashlib.sha256(json.dumps([*texts.values()]).encode()).hexdigest()[:16]
+        shuffled.append((group, {"id": row_id} | texts))
     drawn = shuffled[:source.draw or None]
     trained_on, held_out_count = set(), 0
     for group, size in Counter(group for group, _ in drawn).items():
@@ -100,7 +104,10 @@ def reason_to_skip(row, source):
     for path, wanted in source.keep_equal.items():
         if text_at(row, path) != wanted:
             return f"`{path}` is not {wanted}"
+    cut = row.get("truncated_cells") or ()
     for path in filter(None, [*source.keep_filled, source.question, source.persona]):
+        if path.split(".")[0] in cut:
+            return f"`{path}` is cut by the rows API; download the whole rows and use --source"
         if not text_at(row, path).strip():
             return f"`{path}` is empty"
     for path, unwanted in source.drop_containing.items():
@@ -203,13 +210,15 @@ def parse_pages(text, name):
         while True:
             start = re.compile(r"[\s,]*").match(text, position).end()
             page, position = json.JSONDecoder().raw_decode(text, start)
-            rows += [item["row"] for item in page["rows"]]
+            for item in page["rows"]:
+                cut = item.get("truncated_cells")
+                rows.append(item["row"] | ({"truncated_cells": cut} if cut else {}))
             total = int(page["num_rows_total"])
             if position == len(text):
                 return rows, total
     except json.JSONDecodeError as error:
         raise BadInput(f"{name}:{error.lineno}: not JSON ({error.msg}); "
                        "the file must be whole") from error
-    except (LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise BadInput(f"{name}: not a page of a rows API; it must hold `rows`, each with a `row`, "
                        "and `num_rows_total`") from error

@@ -1,5 +1,6 @@
 """Task files and public prompts, from a local server with files shaped like the public ones."""
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -13,7 +14,8 @@ from conftest import ROOT, read_lines
 
 import data
 from infra import command
-from infra.fetch import parse_pages
+from infra.fetch import draw_prompts, parse_pages
+from infra.formats import canonical
 from infra.task import load_task
 
 TASKS = ("safety", "overrefusal", "roleplay", "sycophancy", "sycophancy_sentiment")
@@ -564,3 +566,23 @@ def test_pages_of_a_rows_api_may_span_lines_and_need_no_separator():
     assert parse_pages(text, "pages") == ([{"question": "Why?"}] * 2, 2)
     with pytest.raises(command.BadInput, match="^pages:11: not JSON"):  # after a page of 10 lines
         parse_pages(json.dumps(page, indent=1) + "\n{", "pages")
+
+
+def test_a_cut_cell_is_skipped_by_name_and_a_system_message_goes_on():
+    source = load_task(task_path("safety")).prompts
+    source = dataclasses.replace(source, question="q", persona="", group="", keep_equal={},
+                                 keep_filled=[], drop_containing={}, draw=0)
+    page = {"rows": [{"row": {"q": "What is", "a": "x"}, "truncated_cells": ["q"]},
+                     {"row": {"q": "What is tea?", "a": "y..."}, "truncated_cells": ["a"]},
+                     {"row": {"q": "Why?", "system": "Be kind."}, "truncated_cells": []},
+                     {"row": {"q": "Why?", "system": "Be terse."}},
+                     {"row": {"q": "Why?", "system": "Be kind."}}], "num_rows_total": 5}
+    rows, _ = parse_pages(json.dumps(page), "pages")
+    training, held_out, skipped = draw_prompts(rows, source, [], 0, None)
+    cut = "`q` is cut by the rows API; download the whole rows and use --source"
+    assert skipped == {cut: 1, "the same prompt again": 1}
+    asked = [canonical(row)["prompt"] for row in {row["id"]: row
+                                                  for row in training + held_out}.values()]
+    assert sorted(asked, key=str) == sorted(
+        ["What is tea?", *([{"role": "system", "content": text}, {"role": "user", "content": "Why?"}]
+                           for text in ("Be kind.", "Be terse."))], key=str)
