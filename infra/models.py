@@ -46,7 +46,8 @@ def load_tokenizer(model, template_kwargs=None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        read_config(model)  # refuses adapters, which often come without
+        if os.path.exists(os.path.join(model, "adapter_config.json")):  # often without a tokenizer
+            read_config(model)
         raise BadInput(f"--model {model}: no tokenizer found ({first_line(error)}); "
                        "--model takes a model folder or a hub id") from error
     if tokenizer.eos_token_id is None:
@@ -68,6 +69,8 @@ def load_tokenizer(model, template_kwargs=None):
 def read_config(model, flag="--model"):
     """The config of a folder or hub id. BadInput if there is none, as in an adapter's folder."""
     check_model_name(model, flag)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # a table of missing weights: load_model refuses
     try:
         if find_adapter_config_file(model):  # with peft transformers would load its base as well
             raise BadInput(f"{flag} {model}: an adapter; merge it into its base (train.py without "
@@ -105,8 +108,6 @@ def load_model(model, dtype=torch.float32, kind=AutoModelForCausalLM, flag="--mo
         what = "an encoder-decoder" if config.is_encoder_decoder else "a classifier or encoder"
         raise BadInput(f"{flag} {model}: {what} ({kinds}); give a decoder: ...ForCausalLM")
     gc.collect()  # a model that was let go may be a cycle, as checkpoint_layers makes one
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # a table of missing weights: see below
     # On Hopper GPUs SDPA prefers cuDNN, whose backward gives nan for some masked rows
     # (github.com/pytorch/pytorch/issues/196678) and which plans again for every shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
