@@ -73,8 +73,8 @@ def read_config(model, flag="--model"):
     transformers_logging.set_verbosity_error()  # a table of missing weights: load_model refuses
     try:
         if find_adapter_config_file(model):  # with peft transformers would load its base as well
-            raise BadInput(f"{flag} {model}: an adapter; merge it into its base (train.py without "
-                           "--save_adapter, or peft's merge_and_unload) and give that folder")
+            raise BadInput(f"{flag} {model}: an adapter; merge it into its base (peft's "
+                           "merge_and_unload; train.py does so without --save_adapter)")
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise BadInput(f"{flag} {model}: cannot be loaded ({first_line(error)}); "
@@ -82,14 +82,12 @@ def read_config(model, flag="--model"):
 
 
 def changes_the_model(key, model):
-    """Whether a model that leaves out this weight of its files is another model.
-
-    It is the same without scales of quantised weights, old buffers, layers that predict tokens
-    after the next, and modules beside the decoder, such as a vision tower or a value head.
+    """Whether a model that leaves out this weight of its files is another model. It is not without
+    old buffers, layers that predict later tokens, and modules beside the decoder: a vision tower.
     """
     config, prefix = model.config.get_text_config(), model.base_model_prefix
     layer, more = re.search(r"layers\.(\d+)", key), vars(config).get("num_nextn_predict_layers")
-    if (vars(model.config).get("quantization_config")
+    if (vars(model.config).get("quantization_config")  # scales, say; train.py refuses it anyway
             or re.search(r"(attn\.bias|causal_mask|inv_freq|masked_bias|position_ids)$", key)
             or layer and more and 0 <= int(layer[1]) - config.num_hidden_layers < more):
         return False

@@ -16,9 +16,8 @@ def load_policy(args, dtype):
     name = args.model or models.TOY_STUDENT
     quantised = vars(models.read_config(name)).get("quantization_config")
     if quantised:  # eval.py and sample.py take it
-        method = quantised.get("quant_method", "by an unnamed method")
-        raise BadInput(f"--model {name}: quantised weights ({method}) cannot be trained; give the "
-                       "model in 16 or 32 bits")
+        raise BadInput(f"--model {name}: quantised ({quantised.get('quant_method')}), so it cannot "
+                       "be trained; give the model in 16 or 32 bits")
     policy = models.load_model(name, dtype="auto")
     if any("experts" in module or "moe" in module for module, _ in policy.named_modules()):
         warn("--model is a mixture of experts, and the loss has no term that balances their load")

@@ -198,7 +198,7 @@ def test_quantised_weights_are_refused_before_they_are_read(
         "quant_method": method, "bits": 4}})
     (tmp_path / "model/model.safetensors").write_bytes(b"not read")
     result = run_train("--data", write_rows(ROWS), "--model", folder)
-    assert_one_line(result, f"quantised weights ({method})", "16 or 32 bits")
+    assert_one_line(result, f"quantised ({method})", "16 or 32 bits")
 
 
 def test_weights_that_lack_a_package_are_one_line(saved):
