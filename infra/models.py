@@ -11,8 +11,9 @@ import torch
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 import infra.distributed as ranks
@@ -45,6 +46,8 @@ def load_tokenizer(model, template_kwargs=None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
+        if os.path.exists(os.path.join(model, "adapter_config.json")):  # often without a tokenizer
+            read_config(model)
         raise BadInput(f"--model {model}: no tokenizer found ({first_line(error)}); "
                        "--model takes a model folder or a hub id") from error
     if tokenizer.eos_token_id is None:
@@ -67,18 +70,52 @@ def load_tokenizer(model, template_kwargs=None):
     return tokenizer
 
 
+def read_config(model, flag="--model"):
+    """The config of a folder or hub id. BadInput if there is none, as in an adapter's folder."""
+    check_model_name(model, flag)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # a table of missing weights: load_model refuses
+    try:
+        if find_adapter_config_file(model):  # with peft transformers would load its base as well
+            raise BadInput(f"{flag} {model}: an adapter; merge it into its base (peft's "
+                           "merge_and_unload; train.py does so without --save_adapter)")
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{flag} {model}: cannot be loaded ({first_line(error)}); "
+                       f"{flag} takes a model folder or a hub id") from error
+
+
+def changes_the_model(key, model):
+    """Whether a model that leaves out this weight of its files is another model. It is not without
+    old buffers, layers that predict later tokens, and modules beside the decoder: a vision tower.
+    """
+    config, prefix = model.config.get_text_config(), model.base_model_prefix
+    layer, more = re.search(r"layers\.(\d+)", key), vars(config).get("num_nextn_predict_layers")
+    if (vars(model.config).get("quantization_config")  # scales, say; train.py refuses it anyway
+            or re.search(r"(attn\.bias|causal_mask|inv_freq|masked_bias|position_ids)$", key)
+            or layer and more and 0 <= int(layer[1]) - config.num_hidden_layers < more):
+        return False
+    modules, owners = dict(model.named_modules()), [key, f"{prefix}.{key}"]  # as base models save
+    while not modules.keys() >= {*owners}:
+        owners = [name if name in modules else name.rpartition(".")[0] for name in owners]
+    return "lora_" in key or not {*owners} <= {"", prefix}
+
+
 def load_model(model, dtype=torch.float32, kind=AutoModelForCausalLM, flag="--model"):
     """The model of a folder or hub id in eval mode, with SDPA attention. BadInput if it fails."""
-    check_model_name(model, flag)
+    config = read_config(model, flag)
+    kinds = " ".join(config.architectures or [])
+    if kind is AutoModelForCausalLM and (
+            config.is_encoder_decoder or re.search("Classification|Reward|Masked", kinds)):
+        what = "an encoder-decoder" if config.is_encoder_decoder else "a classifier or encoder"
+        raise BadInput(f"{flag} {model}: {what} ({kinds}); give a decoder: ...ForCausalLM")
     gc.collect()  # a model that was let go may be a cycle, as checkpoint_layers makes one
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # a table of missing weights: see below
     # On Hopper GPUs SDPA prefers cuDNN, whose backward gives nan for some masked rows
     # (github.com/pytorch/pytorch/issues/196678) and which plans again for every shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         loaded, found = kind.from_pretrained(model, dtype=dtype, output_loading_info=True)
-    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise BadInput(f"{flag} {model}: cannot be loaded ({first_line(error)}); "
                        f"{flag} takes a model folder or a hub id") from error
     missing = sorted(found["missing_keys"])  # transformers would make them up at random
@@ -87,7 +124,21 @@ def load_model(model, dtype=torch.float32, kind=AutoModelForCausalLM, flag="--mo
                        f"{missing[0]}; fetch it again")
     if loaded.base_model is loaded:  # Llama4ForCausalLM: its prefix is that of the larger model
         loaded.base_model_prefix = "model"
+    for key in sorted(found["unexpected_keys"]):
+        if changes_the_model(key, loaded):
+            raise BadInput(f"{flag} {model}: its files hold {key}, which the model of its "
+                           "config.json lacks; merge adapters, or correct config.json")
+    if vars(loaded.config).get("tie_word_embeddings") and not loaded.all_tied_weights_keys:
+        loaded.config.tie_word_embeddings = False  # the files hold another head, which is used
     return loaded.eval()
+
+
+def check_ids(model, ids, where):
+    """BadInput, which names the row, if the model has no embedding for a token id."""
+    size = model.get_input_embeddings().num_embeddings
+    if max(ids) >= size:
+        raise BadInput(f"{where}: token id {max(ids)}, but the model knows {size} tokens; give "
+                       "--model the tokenizer that it was trained with")
 
 
 def position_limit(model):

@@ -3,6 +3,7 @@ import torch
 
 import infra.distributed as ranks
 from infra import models
+from infra.command import BadInput, warn
 from infra.lora import add_lora
 
 
@@ -12,7 +13,14 @@ def load_policy(args, dtype):
     It stays in eval mode: dropout would add noise to the log-ratios. What rounding to dtype
     changes is changed in policy and reference alike, so that they are equal at step 0.
     """
-    policy = models.load_model(args.model or models.TOY_STUDENT, dtype="auto")
+    name = args.model or models.TOY_STUDENT
+    quantised = vars(models.read_config(name)).get("quantization_config")
+    if quantised:  # eval.py and sample.py take it
+        raise BadInput(f"--model {name}: quantised ({quantised.get('quant_method')}), so it cannot "
+                       "be trained; give the model in 16 or 32 bits")
+    policy = models.load_model(name, dtype="auto")
+    if any("experts" in module or "moe" in module for module, _ in policy.named_modules()):
+        warn("--model is a mixture of experts, and the loss has no term that balances their load")
     saved_dtype = policy.dtype if args.save_dtype == "auto" else getattr(torch, args.save_dtype)
     weights_before = models.sample_weights(dict(policy.named_parameters()))
     if dtype != torch.float32 and policy.dtype != dtype:
