@@ -36,7 +36,7 @@ from infra.files import atomic_write, make_folder
 from infra.formats import as_messages
 from infra.generate import Answer, fault, generate
 from infra.intervals import cell, equal_length, mean, ratio
-from infra.models import TOY_STUDENT, load_model, load_tokenizer, position_limit
+from infra.models import TOY_STUDENT, check_ids, load_model, load_tokenizer, position_limit
 from infra.packing import longest_row
 from infra.paragraphs import load_paragraphs
 from infra.plots import draw_curves
@@ -450,6 +450,10 @@ def run_models(args, inputs):
         if longest > position_limit(model):
             raise BadInput(f"--max_length {args.max_length}: --data or --text has a row of "
                            f"{longest} tokens, but {folder} takes {position_limit(model)}")
+        for pair in pairs:
+            check_ids(model, sum(pair.answers, pair.prompt_ids), pair.where)
+        for chunks in paragraphs:
+            check_ids(model, chunks[0], args.text)
         if pairs:
             logps[name] = answer_logps(model, pairs)
         if paragraphs:

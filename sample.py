@@ -188,9 +188,9 @@ def main(argv=None):
     prompt = os.fsencode(args.prompt).decode(errors="replace")
     if not args.compare:
         return ask(student, tokenizer, prompt, args, args.seed, said=[])
-    models = {"reference": load_reference(args.model), "student": student}
+    both = {"reference": load_reference(args.model), "student": student}
     print(side_by_side([prompt], {name: [ask(model, tokenizer, prompt, args, args.seed)]
-                                  for name, model in models.items()}), end="")
+                                  for name, model in both.items()}), end="")
 
 
 if __name__ == "__main__":

@@ -444,7 +444,7 @@ def get_args(argv=None):
          help="weight of an added imitation loss (rdpo, dpo)")
     # optimizer
     flag("--learning_rate", type=at_least(0, float),
-         help="default 5e-6, without --model 3e-4; ten times that with LoRA")
+         help="default 5e-6, with LoRA 5e-5; for the toy student 3e-4 and 1.5e-3")
     flag("--warmup_ratio", type=share, default=0.1, help="share of steps with a rising rate")
     flag("--weight_decay", type=at_least(0, float), default=0.0)
     flag("--max_grad_norm", type=above_0(), default=1.0)
@@ -454,7 +454,8 @@ def get_args(argv=None):
     flag("--seed", type=at_least(0), default=0)
     # LoRA
     flag("--lora_rank", type=at_least(0), default=0, help="train adapters of this rank, 0: none")
-    flag("--lora_alpha", type=above_0(), help="scales adapters by alpha / rank (default: 2 * rank)")
+    flag("--lora_alpha", type=above_0(), help="scales adapters by alpha / rank (default: 2 * rank, at most "
+         "32)")
     flag("--save_adapter", action="store_true", help="save the adapter in PEFT's format, unmerged")
     # memory and speed: these change the result by rounding at most
     flag("--tokens_per_batch", type=at_least(1),
@@ -493,9 +494,11 @@ def get_args(argv=None):
     if args.model and os.path.realpath(args.model) == os.path.realpath(models.TOY_STUDENT):
         args.model = None  # the toy by another name
     if args.lora_rank and args.lora_alpha is None:
-        args.lora_alpha = 2.0 * args.lora_rank
+        # At most 32: with more, the best learning rate falls as the rank grows (docs/scale.md).
+        args.lora_alpha = min(2.0 * args.lora_rank, 32.0)
     if args.learning_rate is None:
-        args.learning_rate = (5e-6 if args.model else 3e-4) * (10 if args.lora_rank else 1)
+        full, lora = (5e-6, 5e-5) if args.model else (3e-4, 1.5e-3)
+        args.learning_rate = lora if args.lora_rank else full
     args.date = datetime.date.today().isoformat()  # for chat templates that write it
     return args
 

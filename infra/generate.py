@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from infra.distributed import send
-from infra.models import position_limit
+from infra.models import check_ids, position_limit
 from infra.templates import cut_left, stop_ids
 
 
@@ -82,6 +82,8 @@ def generate(model, tokenizer, prompt_ids, max_new_tokens, temperature=0.0, seed
     """
     room = max(position_limit(model) - max_new_tokens, 1)
     prompt_ids = [cut_left(tokenizer, ids, room) for ids in prompt_ids]
+    for ids in prompt_ids:
+        check_ids(model, ids, "the prompt")
     end_ids = stop_ids(tokenizer, model.generation_config)
     # Penalties are named because generate() takes what is missing from generation_config.json.
     config = GenerationConfig(

@@ -7,7 +7,7 @@ import torch
 import infra.distributed as ranks
 from infra.checkpoint import newest_state
 from infra.command import BadInput, first_line, warn
-from infra.models import position_limit
+from infra.models import check_ids, position_limit
 from infra.packing import batch_tokens, longest_row
 
 # How far a token's log-probability may move when other rows share its batch: (bias, noise).
@@ -61,6 +61,8 @@ def can_share_prefix(policy, pairs, args, fast_logps, plain_logps):
     fast_logps(pairs, share_prefix) from one of the two layouts. BadInput if the layout with one
     answer per row is wrong too, or a row is too long for the model.
     """
+    for pair in pairs:
+        check_ids(policy, sum(pair.answers, pair.prompt_ids), pair.where)
     by_length = sorted(pairs, key=longest_row)
     check_lengths(policy, longest_row(by_length[-1]), args)
     fitting = [pair for pair in by_length if batch_tokens(pair, False) <= args.tokens_per_batch]

@@ -10,6 +10,8 @@ from conftest import GROUPED, SMALL, assert_one_line, build, read_lines, read_me
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import eval as evaluation
+import sample
 from data import load_pairs
 from infra.command import BadInput
 from infra.models import check_ids, load_model
@@ -253,6 +255,20 @@ def test_a_token_beyond_the_embeddings_is_refused():
         model(input_ids=torch.tensor([[97]]))
     with pytest.raises(BadInput, match="^rows.jsonl:3: token id 97, .* knows 97 tokens; give "):
         check_ids(model, [5, 97, 4], "rows.jsonl:3")
+
+
+def test_a_model_smaller_than_its_tokenizer_gives_one_line(saved, run_train, run_stage, write_rows,
+                                                            tmp_path):
+    folder, path = saved(tiny_model("llama", 300)), write_rows(ROWS)
+    text = tmp_path / "text.txt"
+    text.write_text("What is it? It is one, I think.\n" * 9)
+    out = ["--out_dir", tmp_path / "eval"]
+    small = ["--model", folder, "--base_model", folder, *out]
+    assert_one_line(run_train("--data", path, "--model", folder), path, "knows 300 tokens")
+    for flags in (["--data", path], ["--text", text], ["--prompts", path]):
+        assert_one_line(run_stage(evaluation, *small, *flags), "knows 300 tokens")
+    assert_one_line(run_stage(sample, "--model", folder, "--prompt", "What is it?"),
+                    "the prompt", "knows 300 tokens")
 
 
 def test_links_and_names_with_colons_and_spaces(saved, run_train, write_rows, tmp_path):

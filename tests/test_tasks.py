@@ -584,5 +584,6 @@ def test_a_cut_cell_is_skipped_by_name_and_a_system_message_goes_on():
     asked = [canonical(row)["prompt"] for row in {row["id"]: row
                                                   for row in training + held_out}.values()]
     assert sorted(asked, key=str) == sorted(
-        ["What is tea?", *([{"role": "system", "content": text}, {"role": "user", "content": "Why?"}]
+        ["What is tea?", *([{"role": "system", "content": text},
+                            {"role": "user", "content": "Why?"}]
                            for text in ("Be kind.", "Be terse."))], key=str)
