@@ -32,7 +32,7 @@ def canonical(row, names=None):
     names, a list, receives what was read as what. A canonical row stays as it is.
     """
     row, names = dict(row), [] if names is None else names
-    if has_input(row):
+    if "prompt" not in row and is_text(row.get("instruction")) and is_text(row.get("input")):
         row["prompt"] = f"{row['instruction']}\n\n{row['input']}"
         names.append("`instruction`, an empty line and `input` as `prompt`")
     name, ranked = ranked_answers(row)
@@ -134,11 +134,6 @@ def context_of(row):
         messages += [{"role": role, "content": text}
                      for role, text in zip(("user", "assistant"), turn)]
     return messages
-
-
-def has_input(row):
-    """Whether the prompt of a row is Alpaca's `instruction` and the text of `input`."""
-    return "prompt" not in row and is_text(row.get("instruction")) and is_text(row.get("input"))
 
 
 TURN = re.compile(r"(?:^\s*|\n\n)(Human|Assistant):")

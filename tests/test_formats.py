@@ -125,6 +125,10 @@ def test_what_others_write_becomes_ours(row, prompt):
     ({"prompt": "q", "answers": ["a", "b"]}, "no `chosen`"),
     ({"prompt": "q", "completion": "a", "label": True}, "are no pair"),
     ({"conversations": [user("q"), assistant("a")]} | ANSWERS, "no `prompt`"),
+    ({"prompt": [user("q")], "chosen": [assistant("")], "rejected": [assistant("b")]},
+     "`chosen` must hold messages"),
+    ({"chosen": [user("q"), assistant("")], "rejected": [user("q"), assistant("b")]},
+     "`chosen` must hold messages"),
 ], ids=lambda value: str(value)[:60])
 def test_what_cannot_be_read_whole_is_refused(row, why):
     with pytest.raises(BadInput, match=f"^x:1: .*{why}"):
