@@ -16,6 +16,7 @@ Skip infra/ on a first reading.
     python data.py scored.jsonl --label labels.jsonl      label pairs; --calibrate: T from labels
     python data.py --task tasks/safety.toml --out prompts.jsonl      fetch a behaviour's prompts
 """
+import contextlib
 import dataclasses
 import json
 import math
@@ -60,17 +61,32 @@ def answer_text(tokenizer, prompt, before, answer):
     """
     end, text = end_of_turn(tokenizer), answer.rstrip()
     if tokenizer.chat_template:
-        whole = render(tokenizer, as_messages(prompt) + [{"role": "assistant", "content": answer}])
-        turn, ended, _ = whole.removeprefix(before).partition(end)
+        turn, ended, _ = finished_turn(tokenizer, prompt, before, answer).partition(end)
         turn = turn if ended else turn.rstrip()
         *thoughts, said = re.split("</?think>", answer)
+        opened = (before + turn).count("<think>") - before.count("<think>")
         # Some templates render a finished turn differently: then the answer stays as it is.
-        if whole.startswith(before) and turn.rstrip().endswith(said.strip()) and all(
+        if turn.rstrip().endswith(said.strip()) and opened <= 1 and all(
                 thought.strip() in turn for thought in thoughts):
             text = turn
         elif before.rstrip().endswith("<think>"):  # the prompt has opened the thoughts already
             text = text.lstrip().removeprefix("<think>").lstrip()
     return text + end
+
+
+def finished_turn(tokenizer, prompt, before, answer):
+    """What the chat template writes behind `before` if the answer is there; "" if it changes that.
+
+    Mistral's leaves out a system message then. The turn is the same after another question.
+    """
+    said = {"role": "assistant", "content": answer}
+    for messages in (as_messages(prompt), as_messages("Hi.")):
+        with contextlib.suppress(TemplateError):
+            asked = before if messages == as_messages(prompt) else render(tokenizer, messages, True)
+            whole = render(tokenizer, [*messages, said])
+            if whole.startswith(asked):
+                return whole.removeprefix(asked)
+    return ""
 
 
 def token_ids(tokenizer, text):

@@ -151,7 +151,7 @@ def show_answers(rows, before, after, args):
                  for answers in (after, before))
     worse = [f"{bad} of {len(after)} answers are empty or repeat themselves, {good} of the "
              "reference's"] if bad > good else []
-    if is_toy and not cut:
+    if is_toy:
         old, new = (world.rates(rows, answers) for answers in texts.values())
         worse += [f"right answers of {name} fell from {old[name]:.2f} to {new[name]:.2f}"
                   for name in old if new[name] < old[name] - 0.1]

@@ -454,8 +454,8 @@ def get_args(argv=None):
     flag("--seed", type=at_least(0), default=0)
     # LoRA
     flag("--lora_rank", type=at_least(0), default=0, help="train adapters of this rank, 0: none")
-    flag("--lora_alpha", type=above_0(), help="scales adapters by alpha / rank (default: 2 * rank, at most "
-         "32)")
+    flag("--lora_alpha", type=above_0(),
+         help="scales adapters by alpha / rank (default: 2 * rank, at most 32)")
     flag("--save_adapter", action="store_true", help="save the adapter in PEFT's format, unmerged")
     # memory and speed: these change the result by rounding at most
     flag("--tokens_per_batch", type=at_least(1),

@@ -9,8 +9,9 @@ import re
 # Our name -> what others call it: the files of the method's author, and common hub datasets.
 ALIASES = {
     "prompt": ("instruction", "question", "query", "input"),
-    "chosen": ("response_revised", "summary_after", "chosen_response"),
-    "rejected": ("response", "response_persona", "summary_pre", "rejected_response"),
+    "chosen": ("response_revised", "summary_after", "chosen_response", "response_chosen"),
+    "rejected": ("response", "response_persona", "summary_pre", "rejected_response",
+                 "response_rejected"),
     "score_chosen": ("score_response_revised", "score_revised", "scores_after",
                      "chosen_score", "chosen_rating", "chosen-rating"),
     "score_rejected": ("score_response", "score_persona", "scores_pre",
@@ -18,11 +19,15 @@ ALIASES = {
 }
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
 # Keys that change what the model reads. Rows with one that is not read here are refused.
-SYSTEM = ("system", "system_prompt", "system_message")  # becomes the prompt's first message
-IN_ROW = ("tools", "functions", "images", "image", "videos", "video", "audios", "audio", "context",
-          "documents", "chat_template_kwargs")
-IN_MESSAGE = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning",
-              "thinking", "images", "audio")
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "sys_prompt",
+          "developer")  # becomes the prompt's first message
+CHATS = ("conversations", "messages", "context", "conversation", "chat_history",
+         "conversation_history")  # may be the prompt, or tell it once more
+IN_ROW = re.compile(r"(image|img|video|audio)s?(_(path|url|file)s?)?|(available_)?tools|functions|"
+                    r"context|documents?|passage|article|prefix|initial_\w*steps|"
+                    r"chat_template_kwargs|reasoning_effort|\w+_history")
+IN_MESSAGE = re.compile(rf"{IN_ROW.pattern}|tool_calls|tool_call_id|tool_plan|function_calls?|"
+                        r"thought|reasoning_content|reasoning|thinking")
 EMPTY = (None, False, "", [], {}, "[]", "{}", "null")
 
 
@@ -45,7 +50,7 @@ def canonical(row, names=None):
             if ours not in row and other in row:
                 row[ours] = row[other]
                 names.append(f"`{other}` as `{ours}`")
-    for other in ("conversations", "messages", "context"):
+    for other in CHATS:
         chat = as_chat(row.get(other))
         if "prompt" not in row and is_chat(chat) and chat[-1]["role"] == "user":
             row["prompt"] = chat
@@ -125,8 +130,10 @@ def context_of(row):
 
     A history of another kind becomes a message without text, which is_chat refuses.
     """
-    messages = [{"role": "system", "content": row[name]} for name in SYSTEM
-                if row.get(name) not in EMPTY]
+    found = [row[name] for name in SYSTEM if row.get(name) not in EMPTY
+             and (is_text(row[name]) or not isinstance(row[name], str))]
+    messages = [{"role": "system", "content": text} for i, text in enumerate(found)
+                if text not in found[:i]]
     history = row["history"] if row.get("history") not in EMPTY else []
     is_pairs = isinstance(history, list) and all(
         isinstance(turn, list) and len(turn) == 2 for turn in history)
@@ -141,7 +148,7 @@ TURN = re.compile(r"(?:^\s*|\n\n)(Human|Assistant):")
 
 def is_transcript(value):
     """Whether a value is text in the form of hh-rlhf: "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
-    turns = TURN.findall(value) if isinstance(value, str) else []
+    turns = TURN.findall(value) if isinstance(value, str) and TURN.match(value) else []
     return turns[:1] == ["Human"] and turns[-1] == "Assistant"
 
 
@@ -163,7 +170,9 @@ def as_chat(value):
         return chat if is_chat(chat) else value
     chat = [value] if isinstance(value, dict) else value
     is_list = isinstance(chat, list) and chat and all(isinstance(turn, dict) for turn in chat)
-    return [as_message(turn) for turn in chat] if is_list else value
+    chat = [as_message(turn) for turn in chat] if is_list else []
+    said = [turn for turn in chat if turn["role"] != "system" or turn["content"] not in EMPTY]
+    return said or value
 
 
 def as_message(turn):
@@ -175,8 +184,13 @@ def as_message(turn):
             for part in content):
         content = "".join(part["text"] for part in content)
     role = ROLES.get(role, role) if isinstance(role, str) else role
-    return {"role": role, "content": content} | {
-        name: turn[name] for name in IN_MESSAGE if turn.get(name) not in EMPTY}
+    return {"role": role, "content": content} | in_message(turn)
+
+
+def in_message(turn):
+    """What a message has beside its text that a chat template may show the model."""
+    return {name: value for name, value in turn.items()
+            if IN_MESSAGE.fullmatch(str(name)) and value not in EMPTY}
 
 
 def is_text(value):
@@ -187,8 +201,7 @@ def is_chat(value):
     """Whether a value is a non-empty list of {"role", "content"} messages, all with text alone."""
     return isinstance(value, list) and len(value) > 0 and all(
         isinstance(turn, dict) and turn.get("role") in ("system", "user", "assistant")
-        and is_text(turn.get("content")) and all(turn.get(name) in EMPTY for name in IN_MESSAGE)
-        for turn in value)
+        and is_text(turn.get("content")) and not in_message(turn) for turn in value)
 
 
 def as_messages(prompt):

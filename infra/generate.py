@@ -85,10 +85,8 @@ def generate(model, tokenizer, prompt_ids, max_new_tokens, temperature=0.0, seed
     for ids in prompt_ids:
         check_ids(model, ids, "the prompt")
     end_ids = stop_ids(tokenizer, model.generation_config)
-    # Penalties are named because generate() takes what is missing from generation_config.json.
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
-        no_repeat_ngram_size=0, eos_token_id=end_ids, pad_token_id=tokenizer.eos_token_id)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end_ids,
+                              pad_token_id=tokenizer.eos_token_id)
     seeds = range(len(prompt_ids)) if seeds is None else seeds
     answers = [None] * len(prompt_ids)
     by_length = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
@@ -99,11 +97,16 @@ def generate(model, tokenizer, prompt_ids, max_new_tokens, temperature=0.0, seed
         input_ids, mask = (pad_sequence(tensors, batch_first=True, padding_side="left")  # (B, T)
                            for tensors in (rows, [torch.ones_like(row) for row in rows]))
         noise = [GumbelNoise(temperature, [seeds[i] for i in batch], model.device)]
-        output = model.generate(
-            input_ids=send(input_ids, model.device), attention_mask=send(mask, model.device),
-            generation_config=config, synced_gpus=isinstance(model, FSDPModule),
-            streamer=TextPieces(tokenizer, show) if show else None,
-            logits_processor=LogitsProcessorList(noise if temperature else []))  # (B, T + T_new)
+        # generate() would take what config lacks from generation_config.json.
+        own, model.generation_config = model.generation_config, GenerationConfig()
+        try:
+            output = model.generate(
+                input_ids=send(input_ids, model.device), attention_mask=send(mask, model.device),
+                generation_config=config, synced_gpus=isinstance(model, FSDPModule),
+                streamer=TextPieces(tokenizer, show) if show else None,
+                logits_processor=LogitsProcessorList(noise if temperature else []))  # (B, T+T_new)
+        finally:
+            model.generation_config = own
         for i, row in zip(batch, output[:, input_ids.shape[1]:].tolist()):
             end = next((n for n, token in enumerate(row) if token in end_ids), None)
             ids = row if end is None else row[:end + 1]

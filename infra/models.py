@@ -9,15 +9,15 @@ import re
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
-from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 import infra.distributed as ranks
-from infra.command import BadInput, first_line
+from infra.command import BadInput, first_line, warn
+from infra.rows import read_object
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOY_STUDENT = os.path.join(ROOT, "toy", "student")
@@ -44,8 +44,8 @@ def load_tokenizer(model, template_kwargs=None):
     check_model_name(model)
     hub_logging.set_verbosity_error()  # the hub client prints a line per attempt
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # damaged files raise errors of all kinds
         if os.path.exists(os.path.join(model, "adapter_config.json")):  # often without a tokenizer
             read_config(model)
         raise BadInput(f"--model {model}: no tokenizer found ({first_line(error)}); "
@@ -53,6 +53,9 @@ def load_tokenizer(model, template_kwargs=None):
     if tokenizer.eos_token_id is None:
         raise BadInput(f"--model {model}: its tokenizer has no eos token to end an answer; set "
                        "eos_token in tokenizer_config.json")
+    older = os.path.join(model, "chat_template.json")  # a file of the time when processors had it
+    if not tokenizer.chat_template and os.path.exists(older):
+        tokenizer.chat_template = read_object(older, "a whole one, or none").get("chat_template")
     named = tokenizer.chat_template
     if isinstance(named, dict) and "default" not in named:
         raise BadInput(f"--model {model}: its chat templates are {', '.join(sorted(named))}; call "
@@ -75,12 +78,12 @@ def read_config(model, flag="--model"):
     check_model_name(model, flag)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # a table of missing weights: load_model refuses
+    if find_adapter_config_file(model):  # with peft transformers would load its base as well
+        raise BadInput(f"{flag} {model}: an adapter; merge it into its base (peft's "
+                       "merge_and_unload; train.py does so without --save_adapter)")
     try:
-        if find_adapter_config_file(model):  # with peft transformers would load its base as well
-            raise BadInput(f"{flag} {model}: an adapter; merge it into its base (peft's "
-                           "merge_and_unload; train.py does so without --save_adapter)")
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # damaged files raise errors of all kinds
         raise BadInput(f"{flag} {model}: cannot be loaded ({first_line(error)}); "
                        f"{flag} takes a model folder or a hub id") from error
 
@@ -114,8 +117,11 @@ def load_model(model, dtype=torch.float32, kind=AutoModelForCausalLM, flag="--mo
     # (github.com/pytorch/pytorch/issues/196678) and which plans again for every shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
-        loaded, found = kind.from_pretrained(model, dtype=dtype, output_loading_info=True)
-    except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+        loaded, found = kind.from_pretrained(model, dtype=dtype, output_loading_info=True,
+                                             trust_remote_code=False)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
         raise BadInput(f"{flag} {model}: cannot be loaded ({first_line(error)}); "
                        f"{flag} takes a model folder or a hub id") from error
     missing = sorted(found["missing_keys"])  # transformers would make them up at random
@@ -130,6 +136,16 @@ def load_model(model, dtype=torch.float32, kind=AutoModelForCausalLM, flag="--mo
                            "config.json lacks; merge adapters, or correct config.json")
     if vars(loaded.config).get("tie_word_embeddings") and not loaded.all_tied_weights_keys:
         loaded.config.tie_word_embeddings = False  # the files hold another head, which is used
+    loaded.config.return_dict, own = True, vars(loaded).get("generation_config")
+    try:
+        if own:  # a classifier has none
+            own.validate(strict=True)
+    except ValueError as error:  # save_pretrained would raise it after training
+        warn(f"{flag} {model}: of its generation_config.json only the ids of tokens are kept "
+             f"({first_line(error)})")
+        loaded.generation_config = GenerationConfig(
+            bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id,
+            pad_token_id=own.pad_token_id)
     return loaded.eval()
 
 
@@ -143,8 +159,9 @@ def check_ids(model, ids, where):
 
 def position_limit(model):
     """The longest row in tokens that a model reads; math.inf if its config sets no limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit or math.inf
+    known = vars(model.config.get_text_config())
+    limit = known.get("max_position_embeddings") or known.get("max_seq_len")  # MPT's name
+    return limit if limit and limit > 0 else math.inf
 
 
 def cast_weights(model, dtype):

@@ -13,8 +13,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from infra.command import BadInput, first_line, warn
-from infra.formats import (EMPTY, IN_ROW, TURN, as_chat, as_messages, context_of, is_chat, is_text,
-                           ranked_answers)
+from infra.formats import (CHATS, EMPTY, IN_ROW, TURN, as_chat, as_messages, context_of, is_chat,
+                           is_text, joined, ranked_answers)
 
 LARGEST_SCORE = 1e38  # the gap of two scores must be finite in float32
 
@@ -221,8 +221,17 @@ def check_input(row, where):
     if before and prompt[:len(before)] != before:
         raise BadInput(f"{where}: `system` or `history` cannot be put before the prompt; give the "
                        "whole conversation as `prompt`, and take these keys out")
-    for name in IN_ROW:
-        if row.get(name) not in EMPTY and as_chat(row[name]) != prompt:
+    told = "\n".join(str(turn.get("content")) for turn in prompt if isinstance(turn, dict))
+    for name, value in row.items():
+        chat, is_read = as_chat(value), name not in ("instruction", "query", "input")
+        if name in CHATS and is_chat(chat):  # it may end with an answer
+            chat = chat[:-1] if chat[-1]["role"] == "assistant" else chat
+            is_read = not chat or joined(row.get("prompt"), chat) == row.get("prompt")
+        elif IN_ROW.fullmatch(name):
+            is_read = value in EMPTY
+        elif name == "question" and {"instruction", "query"} & row.keys() or not is_read:
+            is_read = not is_text(value) or value.strip() in told
+        if not is_read:
             raise BadInput(f"{where}: `{name}` changes what a model reads, and is not read here; "
                            "put its text into `prompt`, or take the key out")
 

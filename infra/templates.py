@@ -11,6 +11,9 @@ from infra.command import BadInput
 from infra.formats import as_messages
 
 
+MARK = "\ue000"  # a character in the place of a text; no template changes it
+
+
 def render(tokenizer, messages, ask=False):
     """The text of messages; with `ask`, up to where the model answers.
 
@@ -20,10 +23,20 @@ def render(tokenizer, messages, ask=False):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # in its expressions
         raise TemplateError(f"{type(error).__name__}: {error}") from error
-    for message in messages:  # of an earlier answer it may leave out the thoughts
-        if message["role"] != "assistant" and message["content"].strip() not in text:
-            raise TemplateError(f"it leaves out the {message['role']}'s message")
+    lost = lost_role(tokenizer, tuple(message["role"] for message in messages), ask)
+    if lost:
+        raise TemplateError(f"it leaves out the {lost}'s message")
     return text
+
+
+@functools.cache
+def lost_role(tokenizer, roles, ask):
+    """The first of these roles whose message a chat template leaves out, or None."""
+    marks = [f"{MARK}{i}{MARK}" for i in range(len(roles))]
+    text = tokenizer.apply_chat_template(
+        [{"role": role, "content": mark} for role, mark in zip(roles, marks)],
+        tokenize=False, add_generation_prompt=ask)
+    return next((role for role, mark in zip(roles, marks) if mark not in text), None)
 
 
 def pin_date(tokenizer, day):
@@ -33,7 +46,7 @@ def pin_date(tokenizer, day):
     """
     if tokenizer.chat_template:
         template = re.sub(
-            r"""strftime_now\((['"])(.*?)\1\)""",
+            r"""strftime_now\(\s*(?:format\s*=\s*)?(['"])(.*?)\1\s*\)""",
             lambda call: json.dumps(datetime.date.fromisoformat(day).strftime(call[2])),
             tokenizer.get_chat_template())
         tokenizer.apply_chat_template = functools.partial(
@@ -52,12 +65,12 @@ def end_of_turn(tokenizer):
     """What the chat template writes behind an answer: up to its first control token, or to eos if
     that follows at once (Cohere's END_RESPONSE, then eos). Without a control token: eos.
     """
-    eos, mark = tokenizer.eos_token, "\ue000"  # no template changes this character
+    eos = tokenizer.eos_token
     if not tokenizer.chat_template:
         return eos
-    text = render(tokenizer, as_messages("Hi.") + [{"role": "assistant", "content": mark}])
+    text = render(tokenizer, as_messages("Hi.") + [{"role": "assistant", "content": MARK}])
     token, last = f"(?:{added_tokens(tokenizer)})", re.escape(eos)
-    found = re.match(f".*?(?:{last}|{token}(?:{token}*?{last})?)", text.partition(mark)[2], re.S)
+    found = re.match(f".*?(?:{last}|{token}(?:{token}*?{last})?)", text.partition(MARK)[2], re.S)
     return found[0] if found else eos
 
 
@@ -84,7 +97,7 @@ def template_note(tokenizer, prompt, before):
     `before` is data.prompt_text of the prompt.
     """
     if not tokenizer.chat_template:
-        return ""
+        return "template: the tokenizer has none; an empty line ends a prompt, eos an answer"
     answer = "An answer."
     whole = render(tokenizer, as_messages(prompt) + [{"role": "assistant", "content": answer}])
     same = len(os.path.commonprefix([before, whole]))
@@ -98,14 +111,17 @@ def template_note(tokenizer, prompt, before):
 @functools.cache
 def control_tokens(tokenizer):
     """Tokens that ordinary text must not hold: end of turn, beginning of text and the like."""
-    end = end_of_turn(tokenizer)  # whose tokens may not be marked as special
-    return [token.content for token in tokenizer.added_tokens_decoder.values()
-            if token.special or token.content in end]
+    written = ""  # its tokens may not be marked as special; those of thoughts are for answers
+    if tokenizer.chat_template:
+        written = end_of_turn(tokenizer) + render(tokenizer, as_messages(MARK), ask=True)
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+            or token.content.strip() and token.content in re.sub("</?think>", "", written)]
 
 
 # How other models' templates begin. Text that was rendered already would be rendered twice.
 RENDERED = re.compile(r"\s*(<s>|<bos>|<\|begin_of_text\|>)?\s*(\[INST\]|<\|im_start\|>|"
                       r"<\|start_header_id\|>|<start_of_turn>|<\|(system|user|prompter)\|>)")
+ENDED = re.compile(r"(<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<\|end\|>|</s>)\s*$")
 
 
 def refuse_control_tokens(tokenizer, prompt, answers, where):
@@ -116,6 +132,7 @@ def refuse_control_tokens(tokenizer, prompt, answers, where):
         if found:
             raise BadInput(f"{where}: {what} holds the control token {', '.join(found)}; give the "
                            "bare text without it, or run with --skip_bad_rows")
-    if tokenizer.chat_template and RENDERED.match(texts[0][1]):
-        raise BadInput(f"{where}: the prompt is text in a chat template already; give messages, or "
-                       "run with --skip_bad_rows")
+    if tokenizer.chat_template and (any(RENDERED.match(text) for _, text in texts)
+                                    or any(map(ENDED.search, answers))):
+        raise BadInput(f"{where}: a text is in a chat template already; give messages, or run with "
+                       "--skip_bad_rows")

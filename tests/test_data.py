@@ -128,7 +128,7 @@ KIND = {"role": "system", "content": "Be kind."}
     ({"instruction": "Sum up.", "input": None}, "Sum up."),
     ({"instruction": "Sum up."}, "Sum up."),
     ({"instruction": [user("Sum up.")], "input": ""}, [user("Sum up.")]),
-    ({"prompt": "Ours.", "instruction": "Sum up.", "input": "Tea"}, "Ours."),
+    ({"prompt": "Sum up: Tea", "instruction": "Sum up", "input": "Tea"}, "Sum up: Tea"),
     ({"prompt": "Ours.", "input": [1]}, "Ours."),
     ({"instruction": "Sum up.", "input": 7}, "cannot be joined"),
     ({"instruction": "Sum up.", "input": ["Tea"]}, "cannot be joined"),
@@ -341,10 +341,12 @@ def test_template_kwargs_become_defaults_that_a_saved_tokenizer_keeps(tokenizer,
         load_tokenizer(str(tmp_path), {"enable_thinkin": False})
 
 
-@pytest.mark.parametrize("template", [CHATML, TRIMMING, CLOSING, NO_END, None])
+@pytest.mark.parametrize("template", [CHATML, TRIMMING, CLOSING, NO_END])
 def test_templates_that_ask_as_they_render_have_no_note(tokenizer, template):
     tokenizer.chat_template = template
     assert data.template_note(tokenizer, "Hi.", data.prompt_text(tokenizer, "Hi.")) == ""
+    tokenizer.chat_template = None
+    assert "an empty line ends a prompt" in data.template_note(tokenizer, "Hi.", "Hi.\n\n")
 
 
 def test_template_that_opens_a_block_only_when_it_asks_is_named(tokenizer):
