@@ -1,7 +1,9 @@
 """What --model may be: its files against its config, its output head, and what is refused."""
 import json
+import math
 import os
 import shutil
+import types
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import eval as evaluation
 import sample
 from data import load_pairs
 from infra.command import BadInput
-from infra.models import check_ids, load_model
+from infra.models import check_ids, load_model, position_limit
 
 ROWS = [{"prompt": f"What is {i}?", "chosen": f"It is {i}, I think.", "rejected": "No." + "!" * i,
          "score_chosen": 5, "score_rejected": i % 4} for i in range(24)]
@@ -290,3 +292,31 @@ def test_links_and_names_with_colons_and_spaces(saved, run_train, write_rows, tm
         assert read_lines(out / "metrics.jsonl")
     assert os.path.islink(tmp_path / "out")
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+@pytest.mark.parametrize("name, content", [
+    ("tokenizer.json", "{}"), ("tokenizer.json", '{"model": {"type": "New"}}'),
+    ("config.json", {"hidden_act": "none"}), ("config.json", {"dtype": "foo"}),
+    ("config.json", {"vocab_size": "97"}), ("config.json", {"num_attention_heads": 5}),
+    ("config.json", {"auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.LM"},
+                     "model_type": "its own"}),
+    ("pytorch_model.bin", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+])
+def test_damaged_files_are_one_line(saved, run_train, write_rows, name, content):
+    folder = saved(tiny_model("llama", 725), flags=content if name == "config.json" else None)
+    if name != "config.json":
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            file.write(content)
+    if name == "pytorch_model.bin":
+        os.remove(os.path.join(folder, "model.safetensors"))
+    assert_one_line(run_train("--data", write_rows(ROWS), "--model", folder), f"--model {folder}")
+
+
+def test_the_limits_of_position_are_known_by_all_their_names():
+    def limit(**config):
+        text = types.SimpleNamespace(get_text_config=lambda: types.SimpleNamespace(**config))
+        return position_limit(types.SimpleNamespace(config=text))
+
+    assert limit(max_position_embeddings=64) == limit(max_seq_len=64) == 64
+    assert limit() == limit(max_position_embeddings=None) == limit(max_position_embeddings=-1)
+    assert limit() == math.inf
