@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import time
 from http.server import ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -372,15 +373,70 @@ def test_a_graded_score_is_the_expectation_at_the_place_of_the_verdict(
         text, place, others, verdict, wanted):
     assert verdicts.parse_verdict(text, FIVE) == verdict
     for good, sign in (("high", 1), ("low", -1), ("zero", -1)):
-        graded = verdicts.graded_score(tokens(text, place, **others), verdict, FIVE,
+        graded = verdicts.graded_score(tokens(text, place, **others), text, FIVE,
                                      lambda digit: verdicts.better(digit, good))
         assert graded == (None if wanted is None else pytest.approx(sign * wanted))
+
+
+def pieces(text):
+    """Log-probabilities of a text, a token per character: a digit is one more at .001.
+
+    "4!" stands for a 4 in doubt, which is 1 at .49.
+    """
+    found = []
+    for part in re.findall(r"[0-9]!?|[^0-9]", text):
+        digit = int(part[0]) if part[0].isdigit() else None
+        if digit is None:
+            found.append((part, {part: 0.0}))
+        else:
+            other, p = (1, 0.49) if part.endswith("!") else (digit + 1, 0.001)
+            found.append((part[0], {str(digit): math.log(1 - p), str(other): math.log(p)}))
+    return found
+
+
+@pytest.mark.parametrize("written, answer, wanted", [
+    ("<think>Hm. Final score: 4!\n</think>\nFinal score: 4", "Final score: 4", 4.001),
+    ("Hm.\nFinal score: 4!\n\nFinal score: 4", "Final score: 4", 4.001),  # tags are no tokens
+    ("Hm. Final score: 4!</think>Final score: 4<|im_end|>", "Final score: 4", 4.001),
+    ('{"criteria":[{"score":4!}],"Final score":4}', None, 4.001),
+    ('{"Final score":4,"criteria":[{"score":4!}]}', None, 4.001),
+    ("Draft final score: 4!\nFinal score: 4", None, 4.001),
+    ("4! slips, but\nFinal score: 4!\nSo:\nFinal score: 4", None, 4.001),
+    ("It said \"Final score: 4!\", so:\nFinal score: 4", None, 4.001),
+    ("~~Final score: 3~~ Final score: 4", None, None),  # which digit is not certain
+    ("**Final score: 4** because 4! of 4! facts are right", None, 4.001),
+    ("Final score: \uff14", None, None),
+    ("Final score: 4 and more", "Final score: 4", 4.001),
+    ("Something else with 4!", "Final score: 4", None),
+    ("", "Final score: 4", None)])
+def test_a_score_is_graded_where_the_verdict_stands(written, answer, wanted):
+    answer = written.replace("!", "") if answer is None else answer
+    assert verdicts.parse_verdict(answer, FIVE) == 4
+    graded = verdicts.graded_score(pieces(written), answer, FIVE, float)
+    assert graded == (None if wanted is None else pytest.approx(wanted))
+
+
+@pytest.mark.parametrize("four, five, wanted", [
+    (math.log(0.75), math.log(0.25), 4.25), (math.log(0.75), -9999, 4), (0.0, -math.inf, 4),
+    (-9999, -9999, None), (-math.inf, -math.inf, None), (math.nan, -1.0, None),
+    (-0.1, math.nan, None), (1000, -1.0, None), (-0.1, 1000, None), (math.inf, -1, None)])
+def test_what_are_no_probabilities_give_no_graded_score(four, five, wanted):
+    logprobs = [("Final score: ", {}), ("4", {"4": four, "5": five})]
+    assert verdicts.graded_score(logprobs, "Final score: 4", FIVE, float) == (
+        None if wanted is None else pytest.approx(wanted))
+
+
+def test_a_long_reply_is_graded_in_linear_time():
+    text, start = "4 " * 100_000 + "\nFinal score: 4", time.process_time()
+    assert verdicts.graded_score(pieces(text), text, FIVE, float) == pytest.approx(4.001)
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("lowest, highest", [(-5, 5), (0, 10)])
 def test_scales_of_more_than_one_digit_are_not_graded(lowest, highest):
     judge = SimpleNamespace(**vars(FIVE) | {"lowest": lowest, "highest": highest})
-    assert verdicts.graded_score(tokens("Final score: 4", 2, _4=1.0), 4, judge, float) is None
+    assert verdicts.graded_score(tokens("Final score: 4", 2, _4=1.0), "Final score: 4",
+                                 judge, float) is None
 
 
 @pytest.mark.parametrize("refused", [False, True])
