@@ -2,8 +2,7 @@
 
     synthetic.jsonl  {"id", "prompt", "rejected", "chosen", ...}
     scored.jsonl     + "score_rejected", "score_chosen": higher is better, null if there is none,
-                       "judge": {model, task, behaviour, scale: [lowest, highest] score,
-                                 the raw replies}
+                       "judge": {model, task, behaviour, flags, scale: [lowest, highest], replies}
 
     python reward.py --task tasks/sycophancy.toml --data synthetic.jsonl --out scored.jsonl \\
         --base_url URL --model NAME
@@ -19,7 +18,6 @@ A reply without a verdict is asked for again at temperature 0.7, because at 0 it
 """
 import dataclasses
 import functools
-import itertools
 import os
 import re
 import statistics
@@ -28,6 +26,7 @@ import sys
 from infra.client import Client, add_stage_flags, chat
 from infra.command import BadInput, Parser, at_least, run
 from infra.endpoints import ENDPOINTS, ask_reward_model
+from infra.formats import remove_judgement
 from infra.judgements import report, show_row
 from infra.resumable import RowFailed, Stage, digest, run_rows
 from infra.rows import as_answer, check_pair, check_prompt, question_of
@@ -70,8 +69,8 @@ def verdicts_of(client, judge, args, template, texts, score_of):
     """
     judged = [ask(client, judge, args, template, each, score_of) for each in texts]
     known = [[one for one in attempts if one["verdict"] is not None] for attempts in judged]
-    for one in itertools.chain(*known):
-        if not all("graded" in other for other in itertools.chain(*known)):
+    if not all("graded" in one for one in sum(known, [])):
+        for one in sum(known, []):
             one.pop("graded", None)
     return [statistics.fmean(one.get("graded", score_of(one["verdict"])) for one in attempts)
             if len(attempts) == args.samples else None for attempts in known], judged
@@ -84,8 +83,8 @@ def compare(client, judge, args, question, answer, other):
     of both orders cancels position bias: a judge that sees only the position gives 1/2.
     """
     which = dataclasses.replace(judge, verdict="Better:", lowest=0, highest=2)
-    texts = [{"question": question, "first": first, "second": second}
-             for first, second in ((answer, other), (other, answer))]
+    texts = [{"question": question, "first": a, "second": b}
+             for a, b in ((answer, other), (other, answer))]
     (first, second), attempts = verdicts_of(client, which, args, judge.pairwise, texts,
                                             {1: 1.0, 2: 0.0, 0: 0.5}.get)
     return None if None in (first, second) else (first + 1 - second) / 2, attempts
@@ -94,8 +93,8 @@ def compare(client, judge, args, question, answer, other):
 # ------------------------------------------------------------------------------------------ rows
 
 
-def score_answers(client, task, args, row, answers):
-    """([score or None], [raw reply]) for answers to a row's question, from an LLM."""
+def score_answers(client, task, args, row, *answers):
+    """([score or None], [raw replies]) for answers to a row's question, from an LLM."""
     texts = [{"question": question_of(row), "answer": answer} for answer in answers]
     return verdicts_of(client, task.judge, args, task.judge.template, texts,
                        lambda verdict: better(verdict, task.judge.good))
@@ -106,23 +105,20 @@ def score_answer(client, task, args, row, answer):
     if args.endpoint:
         [score] = ask_reward_model(client, args, [(row.get("question", row["prompt"]), answer)])
         return score, score
-    [score], [replies] = score_answers(client, task, args, row, [answer])
+    [score], [replies] = score_answers(client, task, args, row, answer)
     return score, replies
 
 
 def score_row(client, task, args, row):
     """The row with an LLM's score of both answers and its raw replies added."""
-    (rejected, chosen), replies = score_answers(
-        client, task, args, row, [as_answer(row[name]) for name in ("rejected", "chosen")])
+    (rejected, chosen), (replies, more) = score_answers(
+        client, task, args, row, as_answer(row["rejected"]), as_answer(row["chosen"]))
     return row | {"score_rejected": rejected, "score_chosen": chosen,
-                  "judge": dict(zip(("rejected", "chosen"), replies))}
+                  "judge": {"rejected": replies, "chosen": more}}
 
 
 def score_rows(scores_of, rows):
-    """Yield each row with a reward model's scores added, or RowFailed.
-
-    scores_of([(question, answer)]) gives a score or RowFailed for each.
-    """
+    """Yield each row with a reward model's scores, or a RowFailed, from scores_of(its answers)."""
     scores = scores_of([(row.get("question", row["prompt"]), as_answer(row[name]))
                         for row in rows for name in ("rejected", "chosen")])
     for row, rejected, chosen in zip(rows, scores[::2], scores[1::2]):
@@ -143,13 +139,14 @@ def provenance(task, args):
     """The judge's identity, kept in each row: one file never mixes the scores of two judges."""
     if args.endpoint:
         return {"model": args.model, "endpoint": args.endpoint}
-    judge = dataclasses.asdict(task.judge) | ({"json": True} if args.json_verdicts else {})
-    who = {"model": args.model, "task": digest(judge), "behaviour": task.name}
+    asked = "model", "samples", "max_tokens", "json_verdicts", "extra_body", "no_logprobs"
+    who = {name: vars(args).get(name) for name in asked} | {
+        "task": digest(dataclasses.asdict(task.judge)), "behaviour": task.name}
     return who if args.pairwise else who | {"scale": score_range(task.judge)}
 
 
 def check_row(row, where):
-    check_prompt(row, where)
+    check_prompt(remove_judgement(row), where)  # what another judge said of it
     check_pair(row, where, needs_scores=False)
 
 

@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT, Scripted, assert_one_line, read_lines, says
 
 import reward
-from infra import verdicts
+import teacher
+from infra import formats, verdicts
 from infra.client import token_logprobs
 from infra.endpoints import ENDPOINTS
 from infra.resumable import RowFailed, Stage, outcomes
@@ -253,7 +254,76 @@ def test_scores_of_two_judges_do_not_go_into_one_file(scripted, run_stage, write
     for foreign in ("m", {}):  # a row that another program made
         write_rows([row | {"judge": foreign} for row in read_lines(out)], "foreign")
         code, _, err = run_stage(reward, *flags(server, path, tmp_path / "foreign", task=TASK))
-        assert code == 2 and "foreign:1: made with another model and task" in err
+        assert code == 2 and "foreign:1: made with another model and" in err
+
+
+@pytest.mark.parametrize("stage, flag, change", [
+    (reward, "--data", ["--samples", 2]), (reward, "--data", ["--max_tokens", 99]),
+    (reward, "--data", ["--json_verdicts"]), (teacher, "--prompts", ["--temperature", 0.1]),
+    (teacher, "--prompts", ["--max_tokens", 99])], ids=lambda value: str(value)[-15:])
+@pytest.mark.parametrize("changed_first", [False, True])
+def test_rows_asked_for_in_two_ways_do_not_go_into_one_file(
+        changed_first, stage, flag, change, scripted, run_stage, write_rows, tmp_path):
+    """The replies to other requests are other replies: as with another model."""
+    server, out = scripted(lambda path, request: says("Final score: 3")), tmp_path / "out"
+    common = ["--task", TASK, flag, write_rows(ROWS), "--out", out, "--base_url", server.url,
+              "--model", "m"]
+    first, second = (change, []) if changed_first else ([], change)
+    code, _, err = run_stage(stage, *common, *first, "--limit", 2)
+    assert code == 0, err
+    before = out.read_text()
+    assert_one_line(run_stage(stage, *common, *second), f"made with another {change[0][2:]};")
+    assert out.read_text() == before
+    assert run_stage(stage, *common, *first)[0] == 0 and len(read_lines(out)) == len(ROWS)
+
+
+def test_another_system_text_is_another_task(scripted, run_stage, write_rows, tmp_path):
+    server, out = scripted(lambda path, request: says("Hello.")), tmp_path / "out"
+    with open(TASK, encoding="utf-8") as file:
+        text = file.read()
+    for name, system in (("a.toml", 'system = ""'), ("b.toml", 'system = "Be brief."')):
+        (tmp_path / name).write_text(text.replace('system = ""', system))
+    common = ["--prompts", write_rows(ROWS), "--out", out, "--base_url", server.url, "--model", "m"]
+    assert run_stage(teacher, "--task", tmp_path / "a.toml", *common, "--limit", 2)[0] == 0
+    assert_one_line(run_stage(teacher, "--task", tmp_path / "b.toml", *common), "another task;")
+
+
+OLD = {"score_chosen": 1, "score_rejected": 5, "tau": 0.1, "judge": {"model": "old"}}
+OLDER = {"score_response_revised": 1, "chosen_score": 1, "chosen-rating": 1, "score_response": 5,
+         "scores_pre": 5, "rejected_rating": 5,
+         "metadata": {"score_chosen": 1, "score_rejected": 5, "tau": 0.1, "kept": True}}
+
+
+@pytest.mark.parametrize("old", [OLD, OLDER, OLD | OLDER, OLD | {"metadata": "none"},
+                                 OLD | {"score_chosen": "not asked for"}], ids=range(5))
+@pytest.mark.parametrize("how", ["scores", "pairwise", "teacher"])
+def test_a_new_judgement_or_text_leaves_no_older_one(
+        how, old, scripted, run_stage, write_rows, tmp_path):
+    """train.py would use the old scores where the judge gave tau, and data.py another's gap."""
+    def script(path, request):
+        text = request["messages"][-1]["content"]
+        if how == "pairwise":
+            return says("Better: " + ("1" if text.index("second") < text.index("first 0") else "2"))
+        return says("Final score: 4" if "second" in text else "Final score: 1")
+
+    row = {"id": "a", "prompt": "q", "rejected": "first 0", "chosen": "second 0", "note": 1} | old
+    server, out, path = scripted(script), tmp_path / "out", write_rows([row])
+    stage, flag = (teacher, "--prompts") if how == "teacher" else (reward, "--data")
+    common = ["--task", TASK, flag, path, "--out", out, "--base_url", server.url, "--model", "m",
+              *(["--pairwise"] if how == "pairwise" else [])]
+    code, _, err = run_stage(stage, *common)
+    assert code == 0, err
+    (made,) = read_lines(out)
+    canon = formats.canonical(made)
+    found = {name: canon.get(name) for name in ("score_chosen", "score_rejected", "tau")}
+    assert found == {
+        "scores": {"score_chosen": 4, "score_rejected": 1, "tau": None},
+        "pairwise": {"score_chosen": None, "score_rejected": None, "tau": 1},
+        "teacher": dict.fromkeys(("score_chosen", "score_rejected", "tau"))}[how]
+    assert "old" not in json.dumps(made) and made["note"] == 1
+    assert made.get("metadata") in (None, "none", {"kept": True})
+    asked = len(server.requests)
+    assert run_stage(stage, *common)[0] == 0 and len(server.requests) == asked  # nothing to do
 
 
 @pytest.mark.parametrize("change, message", [
@@ -325,7 +395,7 @@ def test_json_verdicts_ask_for_a_form_and_do_without_it_if_the_server_must(
     schema = asked[0]["json_schema"]["schema"]
     assert schema["required"] == ["reasons", "Final score"]
     assert schema["properties"]["Final score"] == {"type": "integer", "minimum": 0, "maximum": 5}
-    assert_one_line(run_stage(reward, *flags), "made with another task")  # judged otherwise
+    assert_one_line(run_stage(reward, *flags), "made with another json_verdicts")
 
 
 def test_rows_name_behaviour_and_scale(scripted, run_stage, write_rows, tmp_path):
@@ -473,6 +543,32 @@ def test_rows_keep_verdict_and_graded_score_at_no_extra_request(
     {"content": [{"token": "4", "top_logprobs": [{"token": "4", "logprob": None}]}]}])
 def test_log_probabilities_in_another_form_count_as_none(logprobs):
     assert token_logprobs({"logprobs": logprobs}) == token_logprobs({}) == []
+
+
+@pytest.mark.parametrize("whole", ["first", "second", None])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_row_is_graded_for_both_answers_or_for_neither(
+        samples, whole, scripted, run_stage, write_rows, tmp_path):
+    """One reply without log-probabilities: 2.8 and 4 would be the same verdict."""
+    def script(path, request):
+        reply = says("Final score: 4")
+        if not whole or whole not in request["messages"][-1]["content"] or (
+                samples == 2 and request["seed"] == 0):
+            reply["choices"][0]["logprobs"] = {"content": [
+                {"token": "Final score: ", "top_logprobs": []},
+                {"token": "4", "top_logprobs": [{"token": "4", "logprob": math.log(0.6)},
+                                                {"token": "1", "logprob": math.log(0.4)}]}]}
+        return reply
+
+    code, out, err = run_stage(reward, *flags(scripted(script), write_rows(ROWS), tmp_path / "out",
+                                              task=TASK, samples=samples))
+    assert code == 0 and ("rows have graded scores" in out) == (whole is None), err
+    for row in read_lines(tmp_path / "out"):
+        wanted = pytest.approx(4 if whole else 2.8)
+        assert [row["score_chosen"], row["score_rejected"]] == [wanted, wanted]
+        assert ("graded" in json.dumps(row)) == (whole is None)
+
+
 # ----------------------------------------------------------------------------------- in pairs
 
 
