@@ -144,6 +144,33 @@ def test_reward_model(endpoint, scripted, run_stage, write_rows, tmp_path):
     assert "question 0" in request and "first 0" in request
 
 
+def test_a_reward_model_gets_the_conversation_and_no_squeezing(
+        scripted, run_stage, write_rows, tmp_path):
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
+             {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Why?"}]
+    rows = [{"id": "a", "prompt": turns, "rejected": "No.", "chosen": "Because."}]
+    for endpoint in FORMS:
+        server = scripted(lambda path, request: FORMS[endpoint](1.5))
+        code, _, err = run_stage(reward, *flags(server, write_rows(rows), tmp_path / endpoint[1:],
+                                                endpoint=endpoint))
+        assert code == 0, err
+        request, _ = server.requests
+        if "messages" in request:
+            assert request["messages"] == turns + [{"role": "assistant", "content": "No."}]
+        else:  # no conversation can be sent
+            text = "system: Be brief.\n\nuser: Hi\n\nassistant: Yes?\n\nuser: Why?"
+            assert json.dumps(text)[1:-1] in json.dumps(request)
+        if endpoint != "/predict":  # the second name: vLLM before use_activation
+            assert request["use_activation"] is request["activation"] is False
+
+
+def test_the_classify_of_sglang_is_refused(scripted, run_stage, write_rows, tmp_path):
+    server = scripted(lambda path, request: [{"embedding": [1.5], "meta_info": {"id": "a"}}])
+    assert_one_line(run_stage(reward, *flags(server, write_rows(ROWS), tmp_path / "out",
+                                             endpoint="/classify", concurrency=1)), "SGLang")
+    assert len(server.requests) <= 2
+
+
 @pytest.mark.parametrize("at_once", [1, 3, 8])
 @pytest.mark.parametrize("poison", [None, "second 2"])
 def test_an_endpoint_that_takes_a_list_of_texts(
