@@ -27,8 +27,8 @@ from infra.client import Client, add_stage_flags, chat
 from infra.command import BadInput, Parser, at_least, run
 from infra.endpoints import ENDPOINTS, ask_reward_model
 from infra.formats import remove_judgement
-from infra.judgements import report, show_row
-from infra.resumable import RowFailed, Stage, digest, run_rows
+from infra.judgements import asked_with, report, show_row
+from infra.resumable import RowFailed, Stage, run_rows
 from infra.rows import as_answer, check_pair, check_prompt, question_of
 from infra.task import load_task
 from infra.verdicts import better, read_reply, score_range, verdict_form
@@ -139,9 +139,8 @@ def provenance(task, args):
     """The judge's identity, kept in each row: one file never mixes the scores of two judges."""
     if args.endpoint:
         return {"model": args.model, "endpoint": args.endpoint}
-    asked = "model", "samples", "max_tokens", "json_verdicts", "extra_body", "no_logprobs"
-    who = {name: vars(args).get(name) for name in asked} | {
-        "task": digest(dataclasses.asdict(task.judge)), "behaviour": task.name}
+    who = asked_with(args, dataclasses.asdict(task.judge), "samples", "max_tokens",
+                     "json_verdicts", "extra_body", "no_logprobs") | {"behaviour": task.name}
     return who if args.pairwise else who | {"scale": score_range(task.judge)}
 
 

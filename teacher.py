@@ -18,7 +18,8 @@ import sys
 from infra.client import Client, add_stage_flags, chat
 from infra.command import Parser, at_least, printable, run
 from infra.formats import as_messages, remove_judgement
-from infra.resumable import RowFailed, Stage, digest, run_rows
+from infra.judgements import asked_with
+from infra.resumable import RowFailed, Stage, run_rows
 from infra.rows import check_prompt
 from infra.task import load_task
 
@@ -76,8 +77,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     task, client = load_task(args.task), Client(args)
     texts = {"system": task.system, "critique": task.critique, "revision": task.revision}
-    made = {name: vars(args).get(name) for name in ("model", "temperature", "max_tokens",
-                                                    "extra_body")} | {"task": digest(texts)}
+    made = asked_with(args, texts, "temperature", "max_tokens", "extra_body")
     stage = Stage(adds=("rejected", "critique", "chosen", "teacher"), provenance_key="teacher",
                   provenance=made, show=lambda row: show_conversation(task, row),
                   check=lambda row, where: check_prompt(remove_judgement(row), where),

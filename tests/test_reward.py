@@ -281,7 +281,7 @@ def test_scores_of_two_judges_do_not_go_into_one_file(scripted, run_stage, write
     for foreign in ("m", {}):  # a row that another program made
         write_rows([row | {"judge": foreign} for row in read_lines(out)], "foreign")
         code, _, err = run_stage(reward, *flags(server, path, tmp_path / "foreign", task=TASK))
-        assert code == 2 and "foreign:1: made with another model and" in err
+        assert code == 2 and "foreign:1: made with another model and task" in err
 
 
 @pytest.mark.parametrize("stage, flag, change", [
@@ -299,9 +299,13 @@ def test_rows_asked_for_in_two_ways_do_not_go_into_one_file(
     code, _, err = run_stage(stage, *common, *first, "--limit", 2)
     assert code == 0, err
     before = out.read_text()
-    assert_one_line(run_stage(stage, *common, *second), f"made with another {change[0][2:]};")
+    message = "made with another task" + ("" if changed_first else f" and {change[0][2:]}") + ";"
+    assert_one_line(run_stage(stage, *common, *second), message)
     assert out.read_text() == before
     assert run_stage(stage, *common, *first)[0] == 0 and len(read_lines(out)) == len(ROWS)
+    made = read_lines(out)[0]["teacher" if stage is teacher else "judge"]
+    value = (change[1:] or [True])[0]
+    assert made.get(change[0][2:]) == (value if changed_first else None)  # None: the default
 
 
 def test_another_system_text_is_another_task(scripted, run_stage, write_rows, tmp_path):
@@ -422,7 +426,7 @@ def test_json_verdicts_ask_for_a_form_and_do_without_it_if_the_server_must(
     schema = asked[0]["json_schema"]["schema"]
     assert schema["required"] == ["reasons", "Final score"]
     assert schema["properties"]["Final score"] == {"type": "integer", "minimum": 0, "maximum": 5}
-    assert_one_line(run_stage(reward, *flags), "made with another json_verdicts")
+    assert_one_line(run_stage(reward, *flags), "made with another task")  # judged otherwise
 
 
 def test_rows_name_behaviour_and_scale(scripted, run_stage, write_rows, tmp_path):
