@@ -17,7 +17,9 @@ CHANGED = r"(?:revis|updat|correct|adjust|amend|chang|rais|lower|increas|reduc)\
 BEFORE_LABEL = re.compile(
     rf"""(?: \n\W*+ | [{{\[,]\s*+["'] | [.!?:;,)}}|(\[]\s*+ | \\text\{{ )
          {MINE} (?: {CHANGED} \s++ )? $""", re.I | re.X)
-CHANGES_LABEL = re.compile(rf"\b{CHANGED}\s++{MINE}$", re.I)  # "I raise the final score to 4"
+# "I raise the final score to 4", but not "to raise", which is no verdict.
+CHANGES_LABEL = re.compile(rf"\b(?<!to\s)(?<!ould\s)(?<!may\s)(?<!might\s)(?<!can\s)"
+                           rf"{CHANGED}\s++{MINE}$", re.I)
 # *+, ++ and ?+ never go back over spaces: where several of them meet, that would take minutes.
 BEFORE_NUMBER = r"""["'\u201d]?+ \s*+ (?:\([^()\n]{1,12}\))? \s*+
                     (?: (?: is\b:? | of\b | to\b | [:=] ) (?: \s*+ (?:now|then|thus)\b )?+ )?+
@@ -25,14 +27,18 @@ BEFORE_NUMBER = r"""["'\u201d]?+ \s*+ (?:\([^()\n]{1,12}\))? \s*+
 # What would make the number part of another one, of a range or a sum, or doubtful.
 AFTER_NUMBER = r"""(?! [\w%+?\u2044] | [.,][0-9] | \s*+ (?: \u00b1 | % | percent\b )
                      | \s*+ (?: [-=]++> | [\u2190-\u21ff\u2794-\u27be\u27f0-\u27ff] )
-                     | [\s,&|]*+ (?: \.\.+ | [-=~+<>\u2013\u2014\u00d7\u2248\u2260\u2264\u2265]*+
-                                   | \b(?:to|and|bis) ) \s*+ [0-9]
+                       [\s("']*+ [0-9]
+                     | \s*+ (?: \.\.+ | [-=~+<>\u2013\u2014\u00d7\u2248\u2260\u2264\u2265]*+
+                              | \b(?:to|and|bis) ) \s*+ [0-9]
+                     | \s*+ [,&|] \s*+ [0-9]++ (?! \s*+ [^\W\d] )
                      | [\s,;]++ (?: or|if|unless|would|might|maybe|perhaps|plus|minus|wait
                                   | and\s+a )\b )"""
 CHANGED_NUMBER = re.compile(
     rf"""\b(?:{CHANGED}|actually|now|no|instead|rather|make|wait|should|thoughts?|reflection)
          [\s:=,"']++ (?: (?:to|it|that|is|be|up|down)\b [\s:=,]++ )*+
-         (?P<number>{NUMBER})""", re.I | re.X)
+         (?P<number>{NUMBER})
+         (?! \s*+ (?! (?:because|since|as|for|out|of|points?|stars?|now|instead|and|but)\b )
+             [^\W\d] )""", re.I | re.X)  # not "corrects 2 mistakes"
 SCALE = rf"""(?: (?: \s*+ (?:points?|stars?|marks?|pts)\b )?+
                  (?: [\s("'\[]*+ (?: / | [^\W\d]{{2,3}} )
                    | [\s("'\[,]*+ (?: out\s+of | (?:on\s+a\s+)?+ scale\s+ (?:(?:of|from)\b)?+ )
@@ -72,9 +78,9 @@ def find_verdict(text, judge):
             continue  # the key of a criterion
         lead = text[max(start - 60, 0):start]
         if BEFORE_LABEL.search(lead) or found and CHANGES_LABEL.search(lead):
-            number, place = verdict_after(text[end:end + 200], judge.highest)
-            found[number] = end + place
-    found.pop("none", None)
+            number, place = verdict_after(text[end:end + 240], judge.highest)
+            if number != "none":
+                found[number] = end + place
     verdict, place = found.popitem() if len(found) == 1 else (None, 0)
     in_scale = verdict is not None and judge.lowest <= verdict <= judge.highest
     return verdict if in_scale else None, text, place
@@ -83,7 +89,7 @@ def find_verdict(text, judge):
 def verdict_after(text, highest):
     """(the number behind a label, where): None if it is not clear, "none" if there is none."""
     match = VERDICT.match(text)
-    if not match:
+    if not match or match.start("number") >= 200:  # so that no window ends inside the number
         line = text.partition("\n")[0]
         has_number = re.match(r"\W*[:=]", line) and re.search("[0-9]", line)
         return None if has_number and not PLACEHOLDER.match(line) else "none", 0
