@@ -2,8 +2,7 @@
 
     synthetic.jsonl  {"id", "prompt", "rejected", "chosen", ...}
     scored.jsonl     + "score_rejected", "score_chosen": higher is better, null if there is none,
-                       "judge": {model, task, behaviour, scale: [lowest, highest] score,
-                                 the raw replies}
+                       "judge": {model, task, behaviour, flags, scale: [lowest, highest], replies}
 
     python reward.py --task tasks/sycophancy.toml --data synthetic.jsonl --out scored.jsonl \\
         --base_url URL --model NAME
@@ -27,27 +26,27 @@ import sys
 from infra.client import Client, add_stage_flags, chat
 from infra.command import BadInput, Parser, at_least, run
 from infra.endpoints import ENDPOINTS, ask_reward_model
-from infra.judgements import report, show_row
-from infra.resumable import RowFailed, Stage, digest, run_rows
+from infra.formats import remove_judgement
+from infra.judgements import asked_with, report, show_row
+from infra.resumable import RowFailed, Stage, run_rows
 from infra.rows import as_answer, check_pair, check_prompt, question_of
 from infra.task import load_task
-from infra.verdicts import better, graded_score, parse_verdict, score_range, verdict_form
+from infra.verdicts import better, read_reply, score_range, verdict_form
 
 # ----------------------------------------------------------------------------- an LLM as the judge
 
 
 def ask(client, judge, args, template, texts, score_of):
-    """(score or None, attempts): the mean of --samples scores, or None if one is missing.
+    """The judge's attempts, what the row keeps of each reply, until --samples have a verdict.
 
     texts fill the template's slots. score_of(verdict) gives the score of one verdict, or None.
-    attempts holds what the row keeps of each reply.
     """
     # One pass over the template: a "{answer}" inside a question stays as it is.
     request = re.sub(r"\{(\w+)\}", lambda slot: texts.get(slot[1], slot[0]), template)
     messages = [{"role": "system", "content": judge.instruction},
                 {"role": "user", "content": request}]
     form = verdict_form(judge) if args.json_verdicts else None
-    attempts, scores = [], []
+    attempts = []
     for sample in range(args.samples):
         for retry in range(args.verdict_retries + 1):
             greedy = args.samples == 1 and retry == 0
@@ -55,28 +54,26 @@ def ask(client, judge, args, template, texts, score_of):
                          temperature=0 if greedy else 0.7,
                          seed=None if greedy else sample + args.samples * retry,
                          response_format=form, logprobs=True, top_logprobs=10)
-            score, attempt = read_reply(reply, judge, score_of)
+            attempts.append(read_reply(reply, judge, score_of))
             if "temperature" in client.refused:
-                attempt["temperature"] = "the server's default"
-            attempts.append(attempt)
-            if score is not None:
-                scores.append(score)
+                attempts[-1]["temperature"] = "the server's default"
+            if attempts[-1]["verdict"] is not None:
                 break
-    return (statistics.fmean(scores) if len(scores) == args.samples else None), attempts
+    return attempts
 
 
-def read_reply(reply, judge, score_of):
-    """(score or None, {"verdict", "finish", "reply", ...} for the row). Graded where it can be."""
-    verdict = parse_verdict(reply.text, judge, reply.finish)
-    attempt = {"verdict": verdict, "finish": reply.finish, "reply": reply.text or reply.problem}
-    if reply.thinking:
-        attempt["thinking"] = reply.thinking
-    score = None if verdict is None else score_of(verdict)
-    if score is not None:
-        graded = graded_score(reply.logprobs, verdict, judge, score_of)
-        if graded is not None:
-            score = attempt["graded"] = graded
-    return score, attempt
+def verdicts_of(client, judge, args, template, texts, score_of):
+    """([the mean of --samples scores, or None if one is missing], [attempts]), for each of texts.
+
+    All scores are graded or none is: the whole verdict 4 may be 2.8, graded.
+    """
+    judged = [ask(client, judge, args, template, each, score_of) for each in texts]
+    known = [[one for one in attempts if one["verdict"] is not None] for attempts in judged]
+    if not all("graded" in one for one in sum(known, [])):
+        for one in sum(known, []):
+            one.pop("graded", None)
+    return [statistics.fmean(one.get("graded", score_of(one["verdict"])) for one in attempts)
+            if len(attempts) == args.samples else None for attempts in known], judged
 
 
 def compare(client, judge, args, question, answer, other):
@@ -86,42 +83,43 @@ def compare(client, judge, args, question, answer, other):
     of both orders cancels position bias: a judge that sees only the position gives 1/2.
     """
     which = dataclasses.replace(judge, verdict="Better:", lowest=0, highest=2)
-    (first, attempts_first), (second, attempts_second) = (
-        ask(client, which, args, judge.pairwise, {"question": question, "first": a, "second": b},
-            {1: 1.0, 2: 0.0, 0: 0.5}.get)
-        for a, b in ((answer, other), (other, answer)))
-    win = None if None in (first, second) else (first + 1 - second) / 2
-    return win, [attempts_first, attempts_second]
+    texts = [{"question": question, "first": a, "second": b}
+             for a, b in ((answer, other), (other, answer))]
+    (first, second), attempts = verdicts_of(client, which, args, judge.pairwise, texts,
+                                            {1: 1.0, 2: 0.0, 0: 0.5}.get)
+    return None if None in (first, second) else (first + 1 - second) / 2, attempts
 
 
 # ------------------------------------------------------------------------------------------ rows
 
 
+def score_answers(client, task, args, row, *answers):
+    """([score or None], [raw replies]) for answers to a row's question, from an LLM."""
+    texts = [{"question": question_of(row), "answer": answer} for answer in answers]
+    return verdicts_of(client, task.judge, args, task.judge.template, texts,
+                       lambda verdict: better(verdict, task.judge.good))
+
+
 def score_answer(client, task, args, row, answer):
-    """(score or None, raw reply) for an answer to a row's question, from either kind of judge."""
+    """(score or None, raw reply) for one answer, from either kind of judge. For eval.py."""
     if args.endpoint:
-        [score] = ask_reward_model(client, args, [(question_of(row), answer)])
+        [score] = ask_reward_model(client, args, [(row.get("question", row["prompt"]), answer)])
         return score, score
-    return ask(client, task.judge, args, task.judge.template,
-               {"question": question_of(row), "answer": answer},
-               lambda verdict: better(verdict, task.judge.good))
+    [score], [replies] = score_answers(client, task, args, row, answer)
+    return score, replies
 
 
 def score_row(client, task, args, row):
     """The row with an LLM's score of both answers and its raw replies added."""
-    (rejected, replies), (chosen, more) = (
-        score_answer(client, task, args, row, as_answer(row[name]))
-        for name in ("rejected", "chosen"))
+    (rejected, chosen), (replies, more) = score_answers(
+        client, task, args, row, as_answer(row["rejected"]), as_answer(row["chosen"]))
     return row | {"score_rejected": rejected, "score_chosen": chosen,
                   "judge": {"rejected": replies, "chosen": more}}
 
 
 def score_rows(scores_of, rows):
-    """Yield each row with a reward model's scores added, or RowFailed.
-
-    scores_of([(question, answer)]) gives a score or RowFailed for each.
-    """
-    scores = scores_of([(question_of(row), as_answer(row[name]))
+    """Yield each row with a reward model's scores, or a RowFailed, from scores_of(its answers)."""
+    scores = scores_of([(row.get("question", row["prompt"]), as_answer(row[name]))
                         for row in rows for name in ("rejected", "chosen")])
     for row, rejected, chosen in zip(rows, scores[::2], scores[1::2]):
         failed = [score for score in (rejected, chosen) if isinstance(score, RowFailed)]
@@ -141,13 +139,13 @@ def provenance(task, args):
     """The judge's identity, kept in each row: one file never mixes the scores of two judges."""
     if args.endpoint:
         return {"model": args.model, "endpoint": args.endpoint}
-    judge = dataclasses.asdict(task.judge) | ({"json": True} if args.json_verdicts else {})
-    who = {"model": args.model, "task": digest(judge), "behaviour": task.name}
+    who = asked_with(args, dataclasses.asdict(task.judge), "samples", "max_tokens",
+                     "json_verdicts", "extra_body", "no_logprobs") | {"behaviour": task.name}
     return who if args.pairwise else who | {"scale": score_range(task.judge)}
 
 
 def check_row(row, where):
-    check_prompt(row, where)
+    check_prompt(remove_judgement(row), where)  # what another judge said of it
     check_pair(row, where, needs_scores=False)
 
 

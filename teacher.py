@@ -2,7 +2,7 @@
 
     prompts.jsonl    {"id", "prompt", ...}
     synthetic.jsonl  + "rejected": the answer, "critique", "chosen": the rewrite,
-                       "teacher": {model, task, finish, tokens}
+                       "teacher": {model, task, flags, finish, tokens}
 
     python teacher.py --task tasks/sycophancy.toml --prompts prompts.jsonl --out synthetic.jsonl \\
         --base_url http://127.0.0.1:8000/v1 --model NAME
@@ -17,8 +17,9 @@ import sys
 
 from infra.client import Client, add_stage_flags, chat
 from infra.command import Parser, at_least, printable, run
-from infra.formats import as_messages
-from infra.resumable import RowFailed, Stage, digest, run_rows
+from infra.formats import as_messages, remove_judgement
+from infra.judgements import asked_with
+from infra.resumable import RowFailed, Stage, run_rows
 from infra.rows import check_prompt
 from infra.task import load_task
 
@@ -76,13 +77,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     task, client = load_task(args.task), Client(args)
     texts = {"system": task.system, "critique": task.critique, "revision": task.revision}
-    stage = Stage(
-        adds=("rejected", "critique", "chosen", "teacher"), provenance_key="teacher",
-        provenance={"model": args.model, "task": digest(texts)}, check=check_prompt,
-        work=lambda row: self_critique(client, task, args, row),
-        show=lambda row: show_conversation(task, row))
-    failed = run_rows(stage, args.prompts, args, client.counts)
-    sys.exit(1 if failed else 0)
+    made = asked_with(args, texts, "temperature", "max_tokens", "extra_body")
+    stage = Stage(adds=("rejected", "critique", "chosen", "teacher"), provenance_key="teacher",
+                  provenance=made, show=lambda row: show_conversation(task, row),
+                  check=lambda row, where: check_prompt(remove_judgement(row), where),
+                  work=lambda row: self_critique(client, task, args, row))
+    sys.exit(1 if run_rows(stage, args.prompts, args, client.counts) else 0)
 
 
 if __name__ == "__main__":

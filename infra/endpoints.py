@@ -2,13 +2,33 @@
 
 A new address is an entry of ENDPOINTS.
 """
+from infra.command import BadInput
+from infra.formats import as_messages
 from infra.resumable import RowFailed
+from infra.rows import question_of
+
+
+RAW = {"use_activation": False, "activation": False}  # the second for older versions of vLLM
 
 
 def chat_body(texts):
     [(question, answer)] = texts
-    return {"messages": [{"role": "user", "content": question},
-                         {"role": "assistant", "content": answer}], "use_activation": False}
+    return {"messages": as_messages(question) + [{"role": "assistant", "content": answer}],
+            **RAW}
+
+
+def pair(texts):
+    [(question, answer)] = texts  # no conversation can be sent: its turns as text
+    return question_of({"prompt": question}), answer
+
+
+def classified(reply):
+    """The numbers of vLLM's /classify reply. BadInput for SGLang's, which is a list."""
+    if isinstance(reply, list):
+        raise BadInput("--endpoint /classify: the server answers as SGLang does, which applies no "
+                       "chat template to a conversation; serve the model with vLLM, or give "
+                       "--reward_model")
+    return [reply["data"][0]["probs"]]
 
 
 def pooled(reply):
@@ -18,15 +38,15 @@ def pooled(reply):
 
 
 # Address -> (texts per request, body of a request for [(question, answer)], numbers of each text in
-# the reply). All ask for the raw score, not one squeezed into 0..1. The first two apply the chat
-# template; the others send a pair. A server that takes a list of texts gets as many as said here.
+# the reply). A question is text or chat messages. All ask for the raw score, not one squeezed into
+# 0..1. The first two apply the chat template; the others send a pair of texts. A server that takes
+# a list of texts gets as many as said here.
 ENDPOINTS = {
-    "/classify": (1, chat_body, lambda reply: [reply["data"][0]["probs"]]),
+    "/classify": (1, chat_body, classified),
     "/pooling": (1, chat_body, pooled),
-    "/score": (1, lambda texts: {"text_1": texts[0][0], "text_2": texts[0][1],
-                                 "use_activation": False},
+    "/score": (1, lambda texts: dict(zip(("text_1", "text_2"), pair(texts))) | RAW,
                lambda reply: [[reply["data"][0]["score"]]]),
-    "/predict": (1, lambda texts: {"inputs": list(texts[0]), "raw_scores": True},
+    "/predict": (1, lambda texts: {"inputs": list(pair(texts)), "raw_scores": True},
                  lambda reply: [[label["score"] for label in reply]]),
 }
 

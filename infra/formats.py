@@ -207,3 +207,12 @@ def is_chat(value):
 def as_messages(prompt):
     """A prompt, text or message list, as a new list of messages."""
     return list(prompt) if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+
+
+def remove_judgement(row):
+    """The row itself without scores, tau and judge, under any name: they are to be made anew."""
+    for old in (row, row.get("metadata")):
+        for name in ("score_chosen", "score_rejected", "tau", "judge"):
+            for alias in (name, *ALIASES.get(name, ())) if isinstance(old, dict) else ():
+                old.pop(alias, None)
+    return row

@@ -1,10 +1,24 @@
-"""Judged rows, printed: one row with the judge's replies, and the statistics of a whole file."""
+"""What a teacher or judge was asked with; judged rows printed: one row, a file's statistics."""
 import statistics
 
 from infra.command import printable
 from infra.report import show_gaps
+from infra.resumable import digest
 from infra.rows import as_answer, question_of, stream_rows
 from infra.verdicts import better
+
+DEFAULTS = {"temperature": 0.7, "samples": 1, "max_tokens": 512, "json_verdicts": False,
+            "extra_body": {}, "no_logprobs": False}
+
+
+def asked_with(args, texts, *flags):
+    """A stage's provenance: {"model", "task": digest of texts and flags, flags not at default}.
+
+    Flags at their default are not named, so that the rows of older versions can be continued.
+    """
+    given = {name: vars(args).get(name) for name in flags}
+    given = {name: value for name, value in given.items() if value not in (None, DEFAULTS[name])}
+    return {"model": args.model, "task": digest(texts | given)} | given
 
 
 def show_row(row):

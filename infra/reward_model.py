@@ -5,8 +5,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from infra.command import BadInput, first_line, one_line
 from infra.distributed import best_device
+from infra.formats import as_messages
 from infra.models import load_model, position_limit
 from infra.resumable import RowFailed
+from infra.rows import question_of
 
 TOKENS_PER_BATCH = 8192  # in one forward pass, padding included: memory and speed only
 
@@ -25,12 +27,30 @@ class RewardModel:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise BadInput(f"{self.name}: no tokenizer found ({first_line(error)})") from error
+        self.configs = self.model.config, self.model.config.get_text_config()
+        self.own_pad = self.configs[1].to_dict().get("pad_token_id")  # not all configs have one
+        self.check_batches()
+
+    @torch.no_grad()
+    def check_batches(self):
+        """BadInput if a batch of two gives other scores than transformers gives each text alone."""
+        rows = [self.encode("How are you?", answer) for answer in ("Fine.", "Fine, " * 9 + "fine.")]
+        alone = [self.model(**{name: torch.tensor([ids], device=self.model.device)
+                               for name, ids in row.items()}).logits.item() for row in rows]
+        limit = 1e-3 if self.model.dtype == torch.float32 else 0.1
+        for score, other in zip(self.forward(rows).tolist(), alone):
+            if not abs(score - other) <= limit * max(1, abs(other)):
+                raise BadInput(f"{self.name}: a text gets {score:.4g} in a batch, but {other:.4g} "
+                               "alone; serve the model, and give --endpoint")
 
     def encode(self, question, answer):
-        """Token ids by the chat template; a model without one reads a pair of texts."""
+        """Token ids of a question, text or messages, and its answer, by the chat template.
+
+        A model without one reads a pair of texts.
+        """
         if not self.tokenizer.chat_template:
-            return dict(self.tokenizer(question, answer, verbose=False))
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            return dict(self.tokenizer(question_of({"prompt": question}), answer, verbose=False))
+        messages = as_messages(question) + [{"role": "assistant", "content": answer}]
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False)
         except TemplateError as error:
@@ -66,16 +86,17 @@ class RewardModel:
 
     def forward(self, rows):
         """The scores (B,) float32 of encoded rows."""
-        config, width = self.model.config, max(len(row["input_ids"]) for row in rows)
-        pad = config.pad_token_id
-        if pad is None:  # then the last token counts, whichever it is: pad with one that none has
-            used = {token for row in rows for token in row["input_ids"]}
-            pad = next(token for token in range(width * len(rows) + 1) if token not in used)
+        # The score stands at the last token that is not the model's own padding. What is behind it
+        # goes, then the rest is padded with a token that none has, in either place of the config.
+        ends = [max((i for i, token in enumerate(row["input_ids"]) if token != self.own_pad),
+                    default=0) + 1 for row in rows]
+        rows = [{name: ids[:end] for name, ids in row.items()} for row, end in zip(rows, ends)]
+        width, used = max(ends), {token for row in rows for token in row["input_ids"]}
+        pad = next(token for token in range(len(used) + 1) if token not in used)
+        for config in self.configs:
+            config.pad_token_id = pad
         fill = {"input_ids": pad, "attention_mask": 0, "token_type_ids": 0}
         inputs = {name: torch.tensor([row[name] + [fill[name]] * (width - len(row[name]))
                                       for row in rows], device=self.model.device)  # (B, T)
                   for name in rows[0]}
-        config.pad_token_id, before = pad, config.pad_token_id
-        logits = self.model(**inputs).logits  # (B, 1)
-        config.pad_token_id = before
-        return logits[:, 0].float()
+        return self.model(**inputs).logits[:, 0].float()

@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import time
 from http.server import ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -9,7 +10,8 @@ import pytest
 from conftest import ROOT, Scripted, assert_one_line, read_lines, says
 
 import reward
-from infra import verdicts
+import teacher
+from infra import formats, verdicts
 from infra.client import token_logprobs
 from infra.endpoints import ENDPOINTS
 from infra.resumable import RowFailed, Stage, outcomes
@@ -142,6 +144,33 @@ def test_reward_model(endpoint, scripted, run_stage, write_rows, tmp_path):
     assert "question 0" in request and "first 0" in request
 
 
+def test_a_reward_model_gets_the_conversation_and_no_squeezing(
+        scripted, run_stage, write_rows, tmp_path):
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
+             {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Why?"}]
+    rows = [{"id": "a", "prompt": turns, "rejected": "No.", "chosen": "Because."}]
+    for endpoint in FORMS:
+        server = scripted(lambda path, request: FORMS[endpoint](1.5))
+        code, _, err = run_stage(reward, *flags(server, write_rows(rows), tmp_path / endpoint[1:],
+                                                endpoint=endpoint))
+        assert code == 0, err
+        request, _ = server.requests
+        if "messages" in request:
+            assert request["messages"] == turns + [{"role": "assistant", "content": "No."}]
+        else:  # no conversation can be sent
+            text = "system: Be brief.\n\nuser: Hi\n\nassistant: Yes?\n\nuser: Why?"
+            assert json.dumps(text)[1:-1] in json.dumps(request)
+        if endpoint != "/predict":  # the second name: vLLM before use_activation
+            assert request["use_activation"] is request["activation"] is False
+
+
+def test_the_classify_of_sglang_is_refused(scripted, run_stage, write_rows, tmp_path):
+    server = scripted(lambda path, request: [{"embedding": [1.5], "meta_info": {"id": "a"}}])
+    assert_one_line(run_stage(reward, *flags(server, write_rows(ROWS), tmp_path / "out",
+                                             endpoint="/classify", concurrency=1)), "SGLang")
+    assert len(server.requests) <= 2
+
+
 @pytest.mark.parametrize("at_once", [1, 3, 8])
 @pytest.mark.parametrize("poison", [None, "second 2"])
 def test_an_endpoint_that_takes_a_list_of_texts(
@@ -253,6 +282,79 @@ def test_scores_of_two_judges_do_not_go_into_one_file(scripted, run_stage, write
         write_rows([row | {"judge": foreign} for row in read_lines(out)], "foreign")
         code, _, err = run_stage(reward, *flags(server, path, tmp_path / "foreign", task=TASK))
         assert code == 2 and "foreign:1: made with another model and task" in err
+
+
+@pytest.mark.parametrize("stage, flag, change", [
+    (reward, "--data", ["--samples", 2]), (reward, "--data", ["--max_tokens", 99]),
+    (reward, "--data", ["--json_verdicts"]), (teacher, "--prompts", ["--temperature", 0.1]),
+    (teacher, "--prompts", ["--max_tokens", 99])], ids=lambda value: str(value)[-15:])
+@pytest.mark.parametrize("changed_first", [False, True])
+def test_rows_asked_for_in_two_ways_do_not_go_into_one_file(
+        changed_first, stage, flag, change, scripted, run_stage, write_rows, tmp_path):
+    """The replies to other requests are other replies: as with another model."""
+    server, out = scripted(lambda path, request: says("Final score: 3")), tmp_path / "out"
+    common = ["--task", TASK, flag, write_rows(ROWS), "--out", out, "--base_url", server.url,
+              "--model", "m"]
+    first, second = (change, []) if changed_first else ([], change)
+    code, _, err = run_stage(stage, *common, *first, "--limit", 2)
+    assert code == 0, err
+    before = out.read_text()
+    message = "made with another task" + ("" if changed_first else f" and {change[0][2:]}") + ";"
+    assert_one_line(run_stage(stage, *common, *second), message)
+    assert out.read_text() == before
+    assert run_stage(stage, *common, *first)[0] == 0 and len(read_lines(out)) == len(ROWS)
+    made = read_lines(out)[0]["teacher" if stage is teacher else "judge"]
+    value = (change[1:] or [True])[0]
+    assert made.get(change[0][2:]) == (value if changed_first else None)  # None: the default
+
+
+def test_another_system_text_is_another_task(scripted, run_stage, write_rows, tmp_path):
+    server, out = scripted(lambda path, request: says("Hello.")), tmp_path / "out"
+    with open(TASK, encoding="utf-8") as file:
+        text = file.read()
+    for name, system in (("a.toml", 'system = ""'), ("b.toml", 'system = "Be brief."')):
+        (tmp_path / name).write_text(text.replace('system = ""', system))
+    common = ["--prompts", write_rows(ROWS), "--out", out, "--base_url", server.url, "--model", "m"]
+    assert run_stage(teacher, "--task", tmp_path / "a.toml", *common, "--limit", 2)[0] == 0
+    assert_one_line(run_stage(teacher, "--task", tmp_path / "b.toml", *common), "another task;")
+
+
+OLD = {"score_chosen": 1, "score_rejected": 5, "tau": 0.1, "judge": {"model": "old"}}
+OLDER = {"score_response_revised": 1, "chosen_score": 1, "chosen-rating": 1, "score_response": 5,
+         "scores_pre": 5, "rejected_rating": 5,
+         "metadata": {"score_chosen": 1, "score_rejected": 5, "tau": 0.1, "kept": True}}
+
+
+@pytest.mark.parametrize("old", [OLD, OLDER, OLD | OLDER, OLD | {"metadata": "none"},
+                                 OLD | {"score_chosen": "not asked for"}], ids=range(5))
+@pytest.mark.parametrize("how", ["scores", "pairwise", "teacher"])
+def test_a_new_judgement_or_text_leaves_no_older_one(
+        how, old, scripted, run_stage, write_rows, tmp_path):
+    """train.py would use the old scores where the judge gave tau, and data.py another's gap."""
+    def script(path, request):
+        text = request["messages"][-1]["content"]
+        if how == "pairwise":
+            return says("Better: " + ("1" if text.index("second") < text.index("first 0") else "2"))
+        return says("Final score: 4" if "second" in text else "Final score: 1")
+
+    row = {"id": "a", "prompt": "q", "rejected": "first 0", "chosen": "second 0", "note": 1} | old
+    server, out, path = scripted(script), tmp_path / "out", write_rows([row])
+    stage, flag = (teacher, "--prompts") if how == "teacher" else (reward, "--data")
+    common = ["--task", TASK, flag, path, "--out", out, "--base_url", server.url, "--model", "m",
+              *(["--pairwise"] if how == "pairwise" else [])]
+    code, _, err = run_stage(stage, *common)
+    assert code == 0, err
+    (made,) = read_lines(out)
+    canon = formats.canonical(made)
+    found = {name: canon.get(name) for name in ("score_chosen", "score_rejected", "tau")}
+    assert found == {
+        "scores": {"score_chosen": 4, "score_rejected": 1, "tau": None},
+        "pairwise": {"score_chosen": None, "score_rejected": None, "tau": 1},
+        "teacher": dict.fromkeys(("score_chosen", "score_rejected", "tau"))}[how]
+    assert "old" not in json.dumps(made) and made["note"] == 1
+    assert made.get("metadata") in (None, "none", {"kept": True})
+    asked = len(server.requests)
+    assert run_stage(stage, *common)[0] == 0 and len(server.requests) == asked  # nothing to do
 
 
 @pytest.mark.parametrize("change, message", [
@@ -372,15 +474,70 @@ def test_a_graded_score_is_the_expectation_at_the_place_of_the_verdict(
         text, place, others, verdict, wanted):
     assert verdicts.parse_verdict(text, FIVE) == verdict
     for good, sign in (("high", 1), ("low", -1), ("zero", -1)):
-        graded = verdicts.graded_score(tokens(text, place, **others), verdict, FIVE,
+        graded = verdicts.graded_score(tokens(text, place, **others), text, FIVE,
                                      lambda digit: verdicts.better(digit, good))
         assert graded == (None if wanted is None else pytest.approx(sign * wanted))
+
+
+def pieces(text):
+    """Log-probabilities of a text, a token per character: a digit is one more at .001.
+
+    "4!" stands for a 4 in doubt, which is 1 at .49.
+    """
+    found = []
+    for part in re.findall(r"[0-9]!?|[^0-9]", text):
+        digit = int(part[0]) if part[0].isdigit() else None
+        if digit is None:
+            found.append((part, {part: 0.0}))
+        else:
+            other, p = (1, 0.49) if part.endswith("!") else (digit + 1, 0.001)
+            found.append((part[0], {str(digit): math.log(1 - p), str(other): math.log(p)}))
+    return found
+
+
+@pytest.mark.parametrize("written, answer, wanted", [
+    ("<think>Hm. Final score: 4!\n</think>\nFinal score: 4", "Final score: 4", 4.001),
+    ("Hm.\nFinal score: 4!\n\nFinal score: 4", "Final score: 4", 4.001),  # tags are no tokens
+    ("Hm. Final score: 4!</think>Final score: 4<|im_end|>", "Final score: 4", 4.001),
+    ('{"criteria":[{"score":4!}],"Final score":4}', None, 4.001),
+    ('{"Final score":4,"criteria":[{"score":4!}]}', None, 4.001),
+    ("Draft final score: 4!\nFinal score: 4", None, 4.001),
+    ("4! slips, but\nFinal score: 4!\nSo:\nFinal score: 4", None, 4.001),
+    ("It said \"Final score: 4!\", so:\nFinal score: 4", None, 4.001),
+    ("~~Final score: 3~~ Final score: 4", None, None),  # which digit is not certain
+    ("**Final score: 4** because 4! of 4! facts are right", None, 4.001),
+    ("Final score: \uff14", None, None),
+    ("Final score: 4 and more", "Final score: 4", 4.001),
+    ("Something else with 4!", "Final score: 4", None),
+    ("", "Final score: 4", None)])
+def test_a_score_is_graded_where_the_verdict_stands(written, answer, wanted):
+    answer = written.replace("!", "") if answer is None else answer
+    assert verdicts.parse_verdict(answer, FIVE) == 4
+    graded = verdicts.graded_score(pieces(written), answer, FIVE, float)
+    assert graded == (None if wanted is None else pytest.approx(wanted))
+
+
+@pytest.mark.parametrize("four, five, wanted", [
+    (math.log(0.75), math.log(0.25), 4.25), (math.log(0.75), -9999, 4), (0.0, -math.inf, 4),
+    (-9999, -9999, None), (-math.inf, -math.inf, None), (math.nan, -1.0, None),
+    (-0.1, math.nan, None), (1000, -1.0, None), (-0.1, 1000, None), (math.inf, -1, None)])
+def test_what_are_no_probabilities_give_no_graded_score(four, five, wanted):
+    logprobs = [("Final score: ", {}), ("4", {"4": four, "5": five})]
+    assert verdicts.graded_score(logprobs, "Final score: 4", FIVE, float) == (
+        None if wanted is None else pytest.approx(wanted))
+
+
+def test_a_long_reply_is_graded_in_linear_time():
+    text, start = "4 " * 100_000 + "\nFinal score: 4", time.process_time()
+    assert verdicts.graded_score(pieces(text), text, FIVE, float) == pytest.approx(4.001)
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("lowest, highest", [(-5, 5), (0, 10)])
 def test_scales_of_more_than_one_digit_are_not_graded(lowest, highest):
     judge = SimpleNamespace(**vars(FIVE) | {"lowest": lowest, "highest": highest})
-    assert verdicts.graded_score(tokens("Final score: 4", 2, _4=1.0), 4, judge, float) is None
+    assert verdicts.graded_score(tokens("Final score: 4", 2, _4=1.0), "Final score: 4",
+                                 judge, float) is None
 
 
 @pytest.mark.parametrize("refused", [False, True])
@@ -417,6 +574,32 @@ def test_rows_keep_verdict_and_graded_score_at_no_extra_request(
     {"content": [{"token": "4", "top_logprobs": [{"token": "4", "logprob": None}]}]}])
 def test_log_probabilities_in_another_form_count_as_none(logprobs):
     assert token_logprobs({"logprobs": logprobs}) == token_logprobs({}) == []
+
+
+@pytest.mark.parametrize("whole", ["first", "second", None])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_row_is_graded_for_both_answers_or_for_neither(
+        samples, whole, scripted, run_stage, write_rows, tmp_path):
+    """One reply without log-probabilities: 2.8 and 4 would be the same verdict."""
+    def script(path, request):
+        reply = says("Final score: 4")
+        if not whole or whole not in request["messages"][-1]["content"] or (
+                samples == 2 and request["seed"] == 0):
+            reply["choices"][0]["logprobs"] = {"content": [
+                {"token": "Final score: ", "top_logprobs": []},
+                {"token": "4", "top_logprobs": [{"token": "4", "logprob": math.log(0.6)},
+                                                {"token": "1", "logprob": math.log(0.4)}]}]}
+        return reply
+
+    code, out, err = run_stage(reward, *flags(scripted(script), write_rows(ROWS), tmp_path / "out",
+                                              task=TASK, samples=samples))
+    assert code == 0 and ("rows have graded scores" in out) == (whole is None), err
+    for row in read_lines(tmp_path / "out"):
+        wanted = pytest.approx(4 if whole else 2.8)
+        assert [row["score_chosen"], row["score_rejected"]] == [wanted, wanted]
+        assert ("graded" in json.dumps(row)) == (whole is None)
+
+
 # ----------------------------------------------------------------------------------- in pairs
 
 

@@ -1,4 +1,5 @@
 """A reward model in this process, against the same model asked one text at a time."""
+import json
 import math
 import subprocess
 import sys
@@ -18,15 +19,27 @@ ROWS = [{"id": f"r{i}", "prompt": f"How do I draw {i * 'a very '}large kite?",
         for i in range(40)]
 
 
+VISION = {
+    "Gemma3": dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                   image_size=28, patch_size=14),
+    "Qwen3_5": dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2,
+                    out_hidden_size=GROUPED["hidden_size"])}
+TEXT = {"Gemma3": dict(head_dim=8, sliding_window=64),
+        "Qwen3_5": dict(head_dim=8, linear_num_key_heads=2, linear_num_value_heads=2,
+                        linear_key_head_dim=8, linear_value_head_dim=8,
+                        layer_types=["linear_attention", "full_attention"])}
+
+
 @pytest.fixture
 def folder(tmp_path, toy_tokenizer):
     """folder(kind, pad, template): a random reward model with the toy's tokenizer."""
     def make(kind="Llama", pad=None, template=True, labels=1):
         torch.manual_seed(0)
-        small = GROUPED if kind == "Llama" else SMALL
-        config = getattr(transformers, f"{kind}Config")(
-            vocab_size=len(toy_tokenizer), num_labels=labels, **small | {
-                "pad_token_id": pad, "eos_token_id": toy_tokenizer.eos_token_id})
+        small = dict(vocab_size=len(toy_tokenizer), **(SMALL if kind == "Bert" else GROUPED) | {
+            "pad_token_id": pad, "eos_token_id": toy_tokenizer.eos_token_id})
+        if kind in VISION:  # a text model inside
+            small = dict(text_config=small | TEXT[kind], vision_config=VISION[kind])
+        config = getattr(transformers, f"{kind}Config")(num_labels=labels, **small)
         model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
         with torch.no_grad():
             for weight in model.parameters():
@@ -46,9 +59,10 @@ def one_by_one(path, row, name):
     model = AutoModelForSequenceClassification.from_pretrained(path).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.chat_template:
+        prompt = row["prompt"]
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         inputs = tokenizer(tokenizer.apply_chat_template(
-            [{"role": "user", "content": row["prompt"]},
-             {"role": "assistant", "content": row[name]}], tokenize=False),
+            [*prompt, {"role": "assistant", "content": row[name]}], tokenize=False),
             return_tensors="pt", add_special_tokens=False)
     else:
         inputs = tokenizer(row["prompt"], row[name], return_tensors="pt")
@@ -76,6 +90,56 @@ def test_batches_give_what_a_loop_of_one_gives(
                 one_by_one(path, row, name), abs=1e-5)
         assert row["judge"]["model"] == str(path) and row["judge"]["endpoint"] == "transformers"
     assert len({round(row["score_chosen"], 4) for row in rows}) > 20  # control: they differ
+
+
+@pytest.mark.parametrize("place", ["text", "top", "both", "differ", "None", "unset"])
+@pytest.mark.parametrize("kind", ["Llama", "Gemma3", "Qwen3_5"])
+def test_padding_is_found_wherever_the_config_names_it(folder, toy_tokenizer, kind, place):
+    """Each text alone, by transformers as it is, against a batch."""
+    path, eos = folder(kind), toy_tokenizer.eos_token_id
+    config = json.loads((path / "config.json").read_text())
+    text = config.get("text_config", config)
+    for each, pad in ((config, {"top": eos, "both": eos, "differ": 7}.get(place)),
+                      (text, {"text": eos, "both": eos, "differ": eos}.get(place))):
+        each["pad_token_id"] = pad
+    if place == "unset":
+        del text["pad_token_id"]
+        config.pop("pad_token_id", None)
+    (path / "config.json").write_text(json.dumps(config))
+    found = RewardModel(str(path)).scores([(row["prompt"], row["chosen"]) for row in ROWS[:8]])
+    wanted = [one_by_one(path, row, "chosen") for row in ROWS[:8]]
+    assert found == pytest.approx(wanted, abs=1e-4) and len({*found}) == 8
+
+
+def test_a_model_whose_batches_differ_is_refused(folder, run_stage, write_rows, tmp_path,
+                                                 monkeypatch):
+    right = RewardModel.forward
+    monkeypatch.setattr(RewardModel, "forward", lambda self, rows: right(self, [
+        {name: ids + ids[:1] * (len(rows[-1]["input_ids"]) - len(ids)) for name, ids in row.items()}
+        for row in rows]))  # the control: padding counts as text
+    assert_one_line(run_stage(reward, "--reward_model", folder(), "--data", write_rows(ROWS),
+                              "--out", tmp_path / "out"), "in a batch, but")
+
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Why?"}]
+
+
+def test_a_conversation_reaches_the_model_as_one(folder, run_stage, write_rows, tmp_path):
+    row = {"id": "a", "prompt": CHAT, "chosen": "Because.", "rejected": "No."}
+    path, out = folder(), tmp_path / "out"
+    code, _, err = run_stage(reward, "--reward_model", path, "--data",
+                             write_rows([row, row | {"id": "b", "question": "Why is it?"}]),
+                             "--out", out)
+    assert code == 0, err
+    first, second = read_lines(out)
+    for name in ("chosen", "rejected"):
+        assert first[f"score_{name}"] == pytest.approx(one_by_one(path, row, name), abs=1e-5)
+        bare = row | {"prompt": "Why is it?"}  # `question` is what any judge sees
+        assert second[f"score_{name}"] == pytest.approx(one_by_one(path, bare, name), abs=1e-5)
+        as_text = row | {"prompt": "\n\n".join(f"{turn['role']}: {turn['content']}"
+                                              for turn in CHAT)}
+        assert abs(first[f"score_{name}"] - one_by_one(path, as_text, name)) > 1e-3  # control
 
 
 def test_a_stopped_run_goes_on_and_a_long_text_fails_alone(

@@ -103,6 +103,7 @@ FIVES = [
     ("Final score: 4 (v2 10 lines long)", 4),
     ("Final score:" + " " * 198 + "4", 4),  # a window of 200 characters
     ("Final score:" + " " * 199 + "4", None),
+    ("Final score:" + " " * 198 + "45", None),
     ("Final score: 4!", 4),
     ("Final score: 4 out of 5 stars", 4),
     ("Final score: 4 of 5", 4),
@@ -139,6 +140,15 @@ FIVES = [
     ("{\"score\": 14}", None),
     ("{\"score\": null}", None),
     ("{\"score\": 4}\nFinal score: 3", None),
+    ("{\"tone\":{\"score\":5},\"overall\":2}", None),
+    ("{\"tone\":{\"Final score\":5},\"overall\":2}", None),
+    ("{\"criteria\":[{\"score\":3}],\"Final score\":4}", 4),
+    ("{\"Final score\":4,\"criteria\":[{\"score\":3}]}", 4),
+    ("{\"tone\":{\"score\":5},\"score\":2}", 2),
+    ("[{\"score\": 4}]", 4),
+    ("{\"Final score\": [3, 2]}", None),
+    ("{\"Final score\": 3, \"revised_score\": 2}", None),
+    ("{\"Final score\": 3, \"revised\": 2}", None),
     # thinking first
     ("<think>\nFinal score: 2? No, better.\n</think>\n\nFinal score: 4", 4),
     ("<think></think>Final score: 4", 4),
@@ -198,7 +208,58 @@ FIVES = [
     ("Final score: not 4", None),
     ("My final score: 4 would be too kind.", None),
     ("It would be Final score: 4 if it were shorter.", None),
+    # changed on second thoughts, struck out, a sum, several in a list
+    ("Final score: 3\n\nRevised final score: 2", None),
+    ("Revised final score: 2", 2),
+    ("Final score: 4\nRevised final score: 4", 4),
+    ("Final score: 3\n\nUpdated final score: 2", None),
+    ("Final score: 3\nOn reflection I lower my final score to 2.", None),
+    ("Final score: 3\nMy final score is now 2", None),
+    ("I would raise the final score to 4 for a source.\nFinal score: 3", 3),
+    ("Final score: 3 -> 2", None),
+    ("Final score: 3 => 2", None),
+    ("Final score: 3 \u2192 2", None),
+    ("Final score: 3 \u2192 **2**", None),
+    ("Final score: 3\n\u21d2 2", None),
+    ("Final score: 3 (revised to 2)", None),
+    ("Final score: 3, lowered to 2", None),
+    ("Final score: 3, revised down to 2", None),
+    ("Final score: 3, actually 2", None),
+    ("Final score: 3, no, 2", None),
+    ("Final score: 3\nWait, that should be 2.", None),
+    ("Final score: 3, now 3", 3),
+    ("Final score: 3 (now 2 because it cites nothing)", None),
+    ("Final score: 4\n\nThe reply corrects 2 mistakes.", 4),
+    ("Final score: 4\nIt should be 2 sentences shorter.", 4),
+    ("Final score: 4\nTo increase the final score to 5 it needs sources.", 4),
+    ("Final score: 3\nI would raise the final score to 4 for a source.", 3),
+    ("Final score: 4, 2 facts are missing", 4),
+    ("Final score: 4 \u2192 good", 4),
+    ("~~Final score: 3~~ Final score: 2", 2),
+    ("**~~Final score: 3~~**\n**Final score: 2**", 2),
+    ("Final score: ~~3~~ 2", 2),
+    ("Final score: <del>3</del> 2", 2),
+    ("Final score: 3 ~~4~~", 3),
+    ("Final score: 2 + 2 = 4", None),
+    ("Final score: 2+2=4", None),
+    ("Final score: 3 = 2", None),
+    ("Final score: 2 \u00d7 2", None),
+    ("Final score: 2 * 2", None),
+    ("Final score: 5 - 1 = 4", None),
+    ("Final score: [3, 2]", None),
+    ("| Final score | 3 | 2 |", None),
     # off the scale, another scale, no plain number
+    ("Final score: 4 points out of 10", None),
+    ("Final score: 4 points out of 5", 4),
+    ("Final score: 4 stars/10", None),
+    ("Final score: 4 points (out of 10)", None),
+    ("Final score: 4, out of 10", None),
+    ("Final score: 4 (0-10)", None),
+    ("Final score: 4 (scale 1-10)", None),
+    ("Final score: 4 on a scale from 1 to 10", None),
+    ("Final score: 4 on a scale of 0 to 5", 4),
+    ("Final score: 4 %", None),
+    ("Final score: 4 percent", None),
     ("Final score: 6", None),
     ("Final score: -1", None),
     ("Final score: \u22121", None),
@@ -256,7 +317,11 @@ CASES = ([(text, FIVE, wanted) for text, wanted in FIVES]
          + [(text, TONE, wanted) for text, wanted in TONES]
          + [("Better: 1", WHICH, 1), ("**Better: 2** because", WHICH, 2), ("Better: 0", WHICH, 0),
             ("{\"reason\": \"B is 1 line\", \"better\": 2}", WHICH, 2), ("Better: 3", WHICH, None),
-            ("Better: 1 or 2", WHICH, None), ("Better: neither", WHICH, None)])
+            ("Better: 1 or 2", WHICH, None),
+            ("Better: 1 = 2", WHICH, None), ("Better: 1 < 2", WHICH, None),
+            ("Better: 1 > 2", WHICH, None), ("Better: 1, 2", WHICH, None),
+            ("Better: 1 \u2248 2", WHICH, None), ("Better: 1 (2 is dull)", WHICH, 1),
+            ("Better: neither", WHICH, None)])
 
 
 @pytest.mark.parametrize("text, judge, wanted", CASES, ids=[repr(case[0])[-50:] for case in CASES])
@@ -281,6 +346,22 @@ def test_time_is_linear_in_the_text(text):
     start = time.process_time()  # other processes do not count
     parse_verdict(text, FIVE)
     assert time.process_time() - start < 1, text[:40]
+
+
+DEGENERATE = [" ", "\t", "\n", "*", "~", "(", "[", "{", "<", '"', "|", "-", "4 ", "is ", "so ",
+              "\\boxed{", "\u0315\u0300"]
+
+
+@pytest.mark.parametrize("piece", DEGENERATE, ids=ascii)
+@pytest.mark.parametrize("label", ["Final score", "Final score: 4"])
+def test_no_label_takes_more_than_a_millisecond(piece, label):
+    """A degenerate judge writes one label, or many, and one piece for ever."""
+    for text, most in ((label + piece * 200, 0.02),
+                       (label + piece * (10**6 // len(piece)), 2),
+                       ((label + piece * (200 // len(piece))) * 10_000, 10)):
+        start = time.process_time()
+        parse_verdict(text, FIVE)
+        assert time.process_time() - start < most, text[:40]
 
 
 def test_texts_that_were_held_back():
