@@ -135,7 +135,9 @@ def test_pairwise_tau_of_a_noisy_judge(toy_server, run_stage, tmp_path):
     code, printed, err = run_stage(reward, *common, "--data", f"{TOY}/scored.jsonl", "--limit", 40,
                                    "--out", out, "--pairwise")
     assert code == 0 and "40 of 40 rows have a tau" in printed, err
-    exact = [row["score_chosen"] - row["score_rejected"] for row in read_lines(out)]
+    scored = {row["id"]: row for row in read_lines(f"{TOY}/scored.jsonl")}  # removed from out
+    exact = [scored[row["id"]]["score_chosen"] - scored[row["id"]]["score_rejected"]
+             for row in read_lines(out)]
     taus = [row["tau"] for row in read_lines(out)]
     assert all(0 < tau < 1 for tau in taus) and len(set(taus)) > 30
     assert sum((tau > 0.5) == (gap > 0) for tau, gap in zip(taus, exact) if abs(gap) > 2) > 22
