@@ -1,5 +1,4 @@
 """The HTTP client against servers that misbehave, reasoning models, and refused parameters."""
-import base64
 import gzip
 import json
 import socket
@@ -11,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 from conftest import says
 
-from infra.client import Client, chat, split_thinking
+from infra.client import Client, chat
 from infra.command import BadInput
 from infra.resumable import RowFailed
+from infra.rows import FINISHED, is_cut
+from infra.thinking import split_thinking
 
 KEY = "sk-se/cret-0123456789"
 OK = json.dumps(says("fine")).encode()
@@ -53,7 +54,8 @@ def raw():
 
 
 def make_client(url, monkeypatch=None, **others):
-    given = dict(base_url=url, key_env=None, timeout=1, retries=0) | others
+    given = dict(base_url=url, key_env=None, timeout=1, retries=0, extra_body={},
+                 no_logprobs=False) | others
     if monkeypatch:
         monkeypatch.setenv("SOME_KEY", KEY)
         given["key_env"] = "SOME_KEY"
@@ -123,8 +125,7 @@ def test_broken_headers_are_no_traceback(head, raw):
 
 @pytest.mark.parametrize("form", [
     KEY, KEY.replace("/", "\\/"), "".join(f"\\u{ord(c):04x}" for c in KEY),
-    *(base64.b64encode(b"x" * n + KEY.encode() + b"yz").decode() for n in range(3)),
-    base64.urlsafe_b64encode(f"Bearer {KEY}".encode()).decode()])
+    KEY.replace("/", r"\\\/"), "".join(f"\\\\u{ord(c):04X}" for c in KEY)])  # JSON in JSON
 @pytest.mark.parametrize("status", [200, 400])
 def test_no_form_of_the_key_comes_back(form, status, raw, monkeypatch):
     plain = json.loads(f'"{form}"')
@@ -161,13 +162,57 @@ def test_a_base_url_with_a_query_is_refused(url):
 # ------------------------------------------------------------------------------- what models say
 
 
+FENCED = "Use it:\n```xml\n<thinking>\nplan\n</thinking>\n```\nBye."
+HARMONY = ("<|channel|>analysis<|message|>x<|end|><|start|>assistant"
+           "<|channel|>final<|message|>ANSWER")
+
+
 @pytest.mark.parametrize("text, wanted", [
     ("<think>a</think>\n\nb", ("a", "b")), ("\n<think>\na\n</think>b", ("a", "b")),
     ("[THINK]a[/THINK]b", ("a", "b")), ("<think>a", ("<think>a", "")),
-    ("a\n</think>\n\nb", ("a", "b")), ("b <think>a</think>", ("", "b <think>a</think>")),
-    ("The tag </think> ends it.", ("", "The tag </think> ends it.")), ("", ("", ""))])
+    ("<think>\n\n</think>\n\nb", ("", "b")), ("<think>a</think><think>b</think>c", ("a\n\nb", "c")),
+    ("a\n</think>\n\nb", ("a", "b")), ("</think>b", ("", "b")), ("", ("", "")),
+    # other models
+    (HARMONY, ("x", "ANSWER")), (HARMONY + "<|return|>", ("x", "ANSWER")),
+    (HARMONY.removeprefix("<|channel|>analysis<|message|>"), ("x", "ANSWER")),
+    (HARMONY.partition("<|end|>")[0], ("<|channel|>analysis<|message|>x", "")),
+    ("<|channel|>final<|message|>ANSWER", ("", "ANSWER")),
+    ("analysisx y.assistantfinalANSWER", ("x y.", "ANSWER")),
+    ("<|channel>thought\nx\n<channel|>ANSWER", ("x", "ANSWER")),
+    ("<|START_THINKING|>x<|END_THINKING|><|START_RESPONSE|>A<|END_RESPONSE|>", ("x", "A")),
+    ("<|START_RESPONSE|>A<|END_RESPONSE|>", ("", "A")), ("◁think▷x◁/think▷A", ("x", "A")),
+    ("<think>x</think>\n<|begin_of_box|>A<|end_of_box|>", ("x", "A")),
+    ("<think>\nx\n</think>\n<answer>\nA\n</answer>", ("x", "A")),
+    ("<think>\nx\n</think>\n<answer>\nA", ("x", "A")), ("<seed:think>x</seed:think>A", ("x", "A")),
+    ("Here is my thought process: x\nHere is my response: A", ("x", "A")),
+    # the prompt has the opening tag
+    ("I weigh it.</think>It is fair.", ("I weigh it.", "It is fair.")),
+    ("I weigh it. </think> It is fair.", ("I weigh it.", "It is fair.")),
+    ('He says "so"</think>"Fair."', ('He says "so"', '"Fair."')),
+    ('He writes "</think>" here.</think>A', ('He writes "</think>" here.', "A")),
+    ("The <think> tag is his.\n</think>\nA", ("The <think> tag is his.", "A")),
+    # a closing tag that the thoughts quote
+    ("<think>He writes `</think>` here.</think>A", ("He writes `</think>` here.", "A")),
+    ("<think>He writes </think> here.\n</think>\nA", ("He writes </think> here.", "A")),
+    ("<think>\n```\n</think>\n```\nSo.</think>A", ("```\n</think>\n```\nSo.", "A")),
+    ("<think>The `</think>` tag", ("<think>The `</think>` tag", "")),
+    ("<think>a ` b\n</think>\nuse `x`", ("a ` b", "use `x`")),
+    # answers that show the tags
+    *((text, ("", text)) for text in (
+        FENCED, FENCED.replace("```xml\n", "").replace("```\n", ""), "b <think>a</think>",
+        "The tag </think> ends it.", "Close with `</think>`.", "So: <think>plan</think>. Bye",
+        "Like: <thinking>\nplan\n</thinking>\nBye.", "analysis of it", "<answer>A</answer>"))])
 def test_split_thinking(text, wanted):
     assert split_thinking(text) == wanted
+
+
+@pytest.mark.parametrize("unit", ["<think>", "</think>", "<think></think>", " </think>", " ", "`",
+                                  "```\n", "\t<think>\n", "<|end|>", "<|channel|>final", '"'])
+def test_split_thinking_is_linear(unit):
+    for before in ("", "<think>", "x"):
+        start = time.process_time()
+        split_thinking(before + unit * (500_000 // len(unit)))
+        assert time.process_time() - start < 3
 
 
 def replies(scripted, message, finish="stop"):
@@ -179,22 +224,67 @@ def replies(scripted, message, finish="stop"):
 @pytest.mark.parametrize("message, finish, part", [
     ({"content": None, "reasoning_content": "hm"}, "length", "spent --max_tokens on thinking"),
     ({"content": ""}, "max_tokens", "spent --max_tokens on thinking"),
+    ({"content": ""}, "MAX_TOKENS", "spent --max_tokens on thinking"),
     ({"content": "<think>hm"}, "stop", "spent --max_tokens on thinking"),
-    ({"content": None, "refusal": "I won't."}, "stop", "the model refused: I won't."),
+    ({"content": None, "refusal": "I won't."}, "stop", "filter refused: I won't."),
     ({"content": None, "tool_calls": [{}]}, "tool_calls", "called a tool"),
-    ({"content": None}, "content_filter", "content filter")])
+    ({"content": None}, "content_filter", "filter refused: content_filter"),
+    ({"content": ""}, "SAFETY", "filter refused: safety"),
+    ({"content": ""}, "refusal", "filter refused: refusal"),
+    ({"content": ""}, "OTHER", "ended the reply without text: other")])
 def test_a_reply_without_text_says_why_and_is_asked_for_once(message, finish, part, scripted):
     server = replies(scripted, message, finish)
     client = make_client(server.url, retries=3)
     reply = ask(client)
     assert part in reply.problem and reply.text == "" and len(server.requests) == 1
+    assert reply.refused == ("filter refused" in part)
     assert client.counts["tokens_out"] == 7
+
+
+@pytest.mark.parametrize("finish", ["STOP", "end", "eos", "COMPLETE", None])
+def test_a_finished_reply_is_not_cut_and_an_empty_one_is_asked_for_again(finish, scripted):
+    reply = ask(make_client(replies(scripted, {"content": "b"}, finish).url))
+    assert reply.finish in FINISHED and not is_cut({"teacher": {"finish": [finish]}})
+    server = replies(scripted, {"content": ""}, finish)
+    with pytest.raises(RowFailed, match="unexpected reply"):
+        ask(make_client(server.url, retries=1))
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("finish", ["SAFETY", "refusal", "content_filter", "length"])
+def test_half_a_text_is_kept_and_marked(finish, scripted):
+    reply = ask(make_client(replies(scripted, {"content": "half"}, finish).url))
+    assert (reply.text, reply.finish, reply.problem) == ("half", finish.lower(), "")
+    assert is_cut({"teacher": {"finish": [reply.finish]}})
+
+
+@pytest.mark.parametrize("finish", ["error", "ERROR", "abort"])
+def test_a_reply_that_the_server_broke_off_is_asked_for_again(finish, scripted):
+    finishes = iter([finish, "stop"])
+    server = scripted(lambda path, request: says("half a text", next(finishes)))
+    reply = ask(make_client(server.url, retries=1))
+    assert reply.finish == "stop" and len(server.requests) == 2
+
+
+@pytest.mark.parametrize("usage, wanted", [
+    ({"completion_tokens": 7}, 7), ({"completion_tokens": 7, "total_tokens": 12}, 7),
+    ({"completion_tokens": 7, "total_tokens": 112}, 107),  # Gemini, Grok
+    ({"completion_tokens": 107, "completion_tokens_details": {"reasoning_tokens": 100}}, 107),
+    ({"completion_tokens": 7, "completion_tokens_details": {"reasoning_tokens": 100}}, 107),
+    ({"completion_tokens": 7, "completion_tokens_details": None}, 7), (None, 0)])
+def test_thinking_outside_completion_tokens_is_counted(usage, wanted, scripted):
+    usage = usage and {"prompt_tokens": 5} | usage
+    client = make_client(scripted(lambda path, request: says("b") | {"usage": usage}).url)
+    assert ask(client).tokens == client.counts["tokens_out"] == wanted
 
 
 def test_content_in_parts_and_thinking_apart(scripted):
     parts = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
     reply = ask(make_client(replies(scripted, {"content": parts, "reasoning": "hm"}).url))
     assert (reply.text, reply.thinking, reply.problem) == ("ab", "hm", "")
+    thoughts = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}  # Magistral
+    reply = ask(make_client(replies(scripted, {"content": [thoughts, parts[0]]}).url))
+    assert (reply.text, reply.thinking, reply.problem) == ("a", "hm", "")
 
 
 def test_refused_parameters_are_switched_once(serve, capsys):
