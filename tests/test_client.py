@@ -10,14 +10,13 @@ from types import SimpleNamespace
 import pytest
 from conftest import says
 
-from infra.client import Client, chat
-from infra.command import BadInput
+from infra.client import Client, add_stage_flags, chat
+from infra.command import BadInput, Parser
 from infra.resumable import RowFailed
 from infra.rows import FINISHED, is_cut
 from infra.thinking import split_thinking
 
 KEY = "sk-se/cret-0123456789"
-OK = json.dumps(says("fine")).encode()
 
 
 @pytest.fixture
@@ -287,40 +286,182 @@ def test_content_in_parts_and_thinking_apart(scripted):
     assert (reply.text, reply.thinking, reply.problem) == ("a", "hm", "")
 
 
-def test_refused_parameters_are_switched_once(serve, capsys):
-    seen = []
-
-    class Strict(BaseHTTPRequestHandler):
-        def do_POST(self):
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            seen.append(request)
-            error = None
-            if "max_tokens" in request:
-                error = {"param": "max_tokens", "message": "Unsupported parameter: 'max_tokens' is "
-                         "not supported with this model. Use 'max_completion_tokens' instead."}
-            elif "temperature" in request:
-                error = {"message": "Unsupported value: 'temperature' does not support 0.7 with "
-                                    "this model. Only the default (1) value is supported."}
-            content = json.dumps({"error": error}).encode() if error else OK
-            self.send_response(400 if error else 200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_):
-            pass
-
-    client = make_client(serve(ThreadingHTTPServer(("127.0.0.1", 0), Strict)).url)
-    assert [ask(client).text for _ in range(3)] == ["fine"] * 3
-    assert len(seen) == 5 and client.counts["retries"] == 0
-    assert "max_tokens" not in seen[-1] and seen[-1]["max_completion_tokens"] == 9
-    err = capsys.readouterr().err
-    assert len(err.splitlines()) == 2 and "`temperature`, now left out" in err
+# --------------------------------------------------------------------------- what servers refuse
 
 
-def test_max_tokens_that_are_too_many_are_not_switched(raw):
-    error = json.dumps({"error": {"message": "'max_tokens' is too large: 9."}}).encode()
-    client = make_client(raw(lambda connection: connection.sendall(whole(400, error))))
-    with pytest.raises(RowFailed, match="too large"):
+@pytest.fixture
+def refusing(serve):
+    """Starts a server that answers "fine", or the (status, JSON) that a function of the request
+    gives; returns it with .url and .requests.
+    """
+    def start(refusal):
+        class Refusing(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                self.server.requests.append(request)
+                status, reply = refusal(request) or (200, says("fine"))
+                content = json.dumps(reply).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+        server.requests = []
+        return serve(server)
+
+    return start
+
+
+SCHEMA = {"type": "json_schema", "json_schema": {"schema": {"properties": {
+    "Final score": {"type": "integer", "minimum": 0, "maximum": 5}}}}}
+MESSAGES = [{"role": "system", "content": "Judge."}, {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Ho"}, {"role": "user", "content": "Hm"}]
+
+
+def ask_all(client):
+    """Ask with every parameter that a server may refuse."""
+    return chat(client, MESSAGES, "m", 9, 0, seed=1, response_format=SCHEMA, logprobs=True,
+                top_logprobs=10)
+
+
+def error(message, **more):
+    return {"error": {"message": message} | more}
+
+
+LOGPROBS, BOUNDS = {"logprobs", "top_logprobs"}, {"minimum", "maximum"}
+OPENROUTER = json.dumps(error("Unsupported parameter: 'seed' is not supported", param="seed"))
+REFUSALS = [  # (what is refused, status, reply)
+    ({"temperature"}, 400, error("invalid temperature: only 1 is allowed for this model")),
+    ({"temperature"}, 400, error("temperature must be strictly positive")),
+    ({"temperature"}, 422, {"detail": [{"loc": ["body", "temperature"], "msg": "Input should be "
+                                        "greater than 0", "input": 0, "type": "greater_than"}]}),
+    ({"temperature"}, 400, error("Unsupported value: 'temperature' does not support 0 with this "
+                                 "model. Only the default (1) value is supported.")),
+    (LOGPROBS, 400, [error("Logprobs is not enabled for models/gemini-9", code=400,
+                           status="INVALID_ARGUMENT")]),
+    (LOGPROBS, 403, error("You are not allowed to request logprobs from this model")),
+    (LOGPROBS, 400, error("Cannot request more than 5 logprobs.")),
+    (LOGPROBS, 404, error("No endpoints found that support `top_logprobs`")),
+    (LOGPROBS, 500, error("Unsupported param: logprobs")),
+    ({"seed"}, 422, {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"],
+                                 "msg": "Extra inputs are not permitted", "input": 1}]}),
+    ({"seed"}, 400, error("Provider returned error", metadata={"raw": OPENROUTER})),
+    ({"seed"}, 400, error("This is refused. " * 20 + "The parameter seed is not supported")),
+    ({"seed"}, 400, error("Unsupported parameter. Supported: temperature, max_tokens, logprobs",
+                          param="seed")),
+    ({"seed"}, 400, error("Supported are temperature and logprobs. `seed` is not known")),
+    ({"seed"}, 400, "Unknown field: seed"),
+    (BOUNDS, 400, error("For 'integer' type, property 'minimum' is not supported")),
+    (BOUNDS, 400, error("Invalid schema for response_format 'verdict': 'maximum' is not "
+                        "permitted.", param="response_format")),
+    (BOUNDS | {"response_format"}, 400, error("This response_format type is unavailable now")),
+    (BOUNDS | {"response_format"}, 501, error("json_schema is not supported by this server")),
+    ({"max_tokens"}, 400, error("Unsupported parameter: 'max_tokens' is not supported with this "
+                                "model. Use 'max_completion_tokens' instead.", param="max_tokens")),
+    ({"system"}, 400, error("System role not supported")),
+    ({"system"}, 400, error("Unsupported value: 'messages[0].role' does not support 'system' with "
+                            "this model.", param="messages[0].role")),
+    ({"system"}, 400, error("Developer instruction is not enabled for models/gemma-3")),
+    ({"system"}, 500, error("Conversation roles must alternate user/assistant/user/assistant")),
+]
+
+
+@pytest.mark.parametrize("names, status, reply", REFUSALS)
+def test_a_refused_parameter_is_left_out_and_nothing_else(names, status, reply, refusing, capsys):
+    last = "response_format" if "response_format" in names else min(names)
+    server = refusing(lambda request: (status, reply) if f'"{last}"' in json.dumps(request)
+                      else None)
+    client = make_client(server.url)
+    assert ask_all(client).text == "fine" and set(client.refused) == names
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(server.requests) - 1 == (2 if "response_format" in names else 1)
+    assert all("the server does not take `" in line for line in lines)
+    assert ask_all(client).text == "fine" and capsys.readouterr().err == ""
+    first, sent = server.requests[0], server.requests[-1]
+    assert server.requests[-2] == sent and client.counts["retries"] == 0  # learned
+    for name in first.keys() - names - {"messages", "response_format"}:
+        assert sent[name] == first[name]
+    if "max_tokens" in names:
+        assert sent["max_completion_tokens"] == 9
+    joined = [MESSAGES[1] | {"content": "Judge.\n\nHi"}, *MESSAGES[2:]]
+    assert sent["messages"] == (joined if "system" in names else MESSAGES)
+    bounded = {"type": "integer"} if names >= BOUNDS else {"type": "integer", "minimum": 0,
+                                                          "maximum": 5}
+    assert "response_format" in names or bounded == sent["response_format"]["json_schema"][
+        "schema"]["properties"]["Final score"]
+
+
+def test_several_refused_parameters_are_left_out_one_at_a_time(refusing, capsys):
+    def refusal(request):
+        for name in ("max_tokens", "temperature", "seed"):
+            if name in request:
+                return 400, error(f"Unsupported parameter: '{name}' is not supported", param=name)
+
+    server = refusing(refusal)
+    client = make_client(server.url)
+    assert [ask_all(client).text for _ in range(3)] == ["fine"] * 3
+    assert len(server.requests) == 6 and len(capsys.readouterr().err.splitlines()) == 3
+    assert set(client.refused) == {"max_tokens", "temperature", "seed"}
+
+
+@pytest.mark.parametrize("status, reply, is_own", [
+    (400, error("'max_tokens' is too large: 9.", param="max_tokens"), True),
+    (400, error("max_tokens is too large: 9. This model supports at most 5 completion tokens",
+                param="max_tokens"), True),
+    (400, error("This model's maximum context length is 8 tokens. However, you requested 9 in the "
+                "messages", code="context_length_exceeded"), True),
+    (400, error("The request exceeds the available context size"), True),
+    (403, error("Your input was flagged by moderation: `temperature` is not allowed"), True),
+    (413, "Payload too big", True), (400, error("No connected db."), False),
+    (403, error("Forbidden"), False)])
+def test_a_refused_text_is_the_rows_own_failure(status, reply, is_own, refusing, capsys):
+    client = make_client(refusing(lambda request: (status, reply)).url)
+    with pytest.raises(RowFailed, match=f"answered {status}") as caught:
+        ask_all(client)
+    assert caught.value.is_own == is_own
+    assert not client.refused and capsys.readouterr().err == ""  # not learned: it did not help
+
+
+@pytest.mark.parametrize("status", [401, 404, 498])
+def test_one_refusal_after_replies_is_one_rows_failure(status, refusing):
+    server = refusing(lambda request: (status, {}) if len(server.requests) == 2 else None)
+    client = make_client(server.url)
+    assert ask(client).text == "fine"
+    with pytest.raises(RowFailed, match=f"answered {status}") as caught:
         ask(client)
-    assert not client.refused
+    assert ask(client).text == "fine" and not caught.value.is_own
+    with pytest.raises(BadInput if status != 498 else RowFailed):  # before any reply
+        ask(make_client(refusing(lambda request: (status, {})).url))
+
+
+def test_retry_after_0_keeps_the_own_wait(raw, monkeypatch):
+    waits = []
+    monkeypatch.setattr("infra.client.time.sleep", waits.append)
+    url = raw(lambda connection: connection.sendall(whole(503, b"{}", "Retry-After: 0")))
+    with pytest.raises(RowFailed, match="asked 7 times"):
+        ask(make_client(url, retries=6))
+    assert all(2**i / 4 <= wait <= 2**i * 0.75 for i, wait in enumerate(waits)) and len(waits) == 6
+
+
+def test_what_cannot_be_learned_has_flags(refusing):
+    parser = Parser("")
+    add_stage_flags(parser, max_tokens=9)
+    server = refusing(lambda request: None)
+    flags = ["--out", "o", "--model", "m", "--base_url", server.url]
+    given = parser.parse_args([*flags, "--no_logprobs", "--extra_body",
+                               '{"chat_template_kwargs": {"enable_thinking": false}, "seed": 5}'])
+    ask_all(Client(given))
+    ask_all(Client(parser.parse_args(flags)))
+    sent, plain = server.requests
+    assert sent["chat_template_kwargs"] == {"enable_thinking": False} and sent["seed"] == 5
+    assert not LOGPROBS & sent.keys() and sent.keys() | LOGPROBS == plain.keys() | {
+        "chat_template_kwargs"}
+    for text in ("[1]", "{", "7", ""):
+        with pytest.raises(BadInput, match="--extra_body: must be an object"):
+            parser.parse_args([*flags, "--extra_body", text])
