@@ -22,6 +22,7 @@ from urllib3.util import Retry
 
 from infra.command import BadInput, at_least, between, one_line, warn
 from infra.refusals import adapted, is_about_the_row, refused_in
+from infra.replies import BROKEN, CUT, no_text, parts_of, refusal_in, written
 from infra.resumable import RowFailed
 from infra.rows import FINISHED
 from infra.thinking import split_thinking
@@ -30,14 +31,6 @@ from infra.thinking import split_thinking
 URL = re.compile(r"https?://([\w.-]+|\[[\da-f:.]+\])(:\d*)?(/[^\s?#]*)?", re.IGNORECASE)
 REPLY_BYTES = 16 * 2**20  # the longest reply that is read
 BUSY = (408, 409, 425, 429, 498)  # and 5xx: another try may succeed
-
-# Why a reply ended, in lower case. Other reasons than these and rows.FINISHED: it is not whole.
-CUT = ("length", "max_tokens", "max_length", "max_output_tokens", "model_length",
-       "model_context_window_exceeded")
-HELD_BACK = re.compile("filter|safety|refus|recitation|prohibited|blocklist|spii|guardrail|toxic|"
-                       "sensitive|moderat")
-BROKEN = ("error", "abort", "aborted", "cancelled", "failed", "network_error",
-          "insufficient_system_resource")
 
 # --------------------------------------------------------------------------------- what is asked
 
@@ -74,30 +67,14 @@ def chat(client, messages, model, max_tokens, temperature, **others):
                      unfinished=not cut and finish not in FINISHED, thinking=bool(thinking))
         if finish in BROKEN:
             raise ValueError("broken off")
-        refusal = message.get("refusal") or HELD_BACK.search(finish or "") and finish
-        problem = "" if text.strip() else no_text(message, finish, unclosed, refusal)
-        return Reply(text, finish, tokens, thinking, problem, token_logprobs(choice), bool(refusal))
+        problem = "" if text.strip() else no_text(message, finish, unclosed)
+        return Reply(text, finish, tokens, thinking, problem, token_logprobs(choice),
+                     bool(refusal_in(message, finish)))
 
     body = {"model": model, "messages": messages,
             "max_tokens": max_tokens, "temperature": temperature} | others | client.extra_body
     body = {name: value for name, value in body.items() if value is not None}
     return client.post(f"{client.base_url}/chat/completions", body, read)
-
-
-def parts_of(content, kind):
-    """The text of a message's content: of its parts of a kind, "text" or "thinking"."""
-    if isinstance(content, list):  # Mistral's thinking has parts itself
-        return "".join(part[kind] if isinstance(part[kind], str) else parts_of(part[kind], "text")
-                       for part in content if part["type"] == kind)
-    return content if kind == "text" else ""
-
-
-def written(usage):
-    """The tokens that the model wrote. Some servers leave thinking out of completion_tokens."""
-    tokens, total = usage.get("completion_tokens") or 0, usage.get("total_tokens") or 0
-    thinking = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0
-    outside = total == 0 and thinking > tokens
-    return max(tokens + outside * thinking, total - (usage.get("prompt_tokens") or 0))
 
 
 def token_logprobs(choice):
@@ -108,19 +85,6 @@ def token_logprobs(choice):
                 for item in choice["logprobs"]["content"]]
     except (LookupError, TypeError, ValueError):
         return []
-
-
-def no_text(message, finish, unclosed_thinking, refusal):
-    """Why a reply has no text, and what to do. ValueError if the next one may have some."""
-    if refusal:
-        return f"the model or the server's content filter refused: {one_line(refusal)[:200]}"
-    if message.get("tool_calls"):
-        return "the model called a tool instead of answering; serve it without tools"
-    if finish in CUT or unclosed_thinking:
-        return "the model spent --max_tokens on thinking: raise it"
-    if finish not in FINISHED:
-        return f"the server ended the reply without text: {one_line(finish)[:80]}"
-    raise ValueError("no text")
 
 
 # ------------------------------------------------------------------------------------ the exchange

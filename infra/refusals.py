@@ -2,14 +2,15 @@
 import json
 import re
 
+# Bounds in a response_format's schema may be refused without the rest of it.
+BOUNDS = {"minimum": None, "maximum": None}
+NAMES_BOUNDS = re.compile(r"(?:['\"`]|propert.{0,9})m(?:in|ax)imum\b|invalid schema", re.IGNORECASE)
 # (how a refusal names it, {what is refused: what is sent instead, or None}). `system` is the role.
 OPTIONAL = [
     (r"log_?probs|log.probabilit", {"logprobs": None, "top_logprobs": None}),
     (r"\bseed\b", {"seed": None}),
     (r"\btemperature\b", {"temperature": None}),
     (r"\bmax_tokens\b", {"max_tokens": "max_completion_tokens"}),
-    (r"\bminimum\b|['\"`]maximum\b|response_?format|json_?schema|structured.output|grammar",
-     {"minimum": None, "maximum": None}),  # the bounds in a response_format
     (r"response_?format|json_?schema|structured.output|grammar", {"response_format": None}),
     (r"\bsystem.{0,3}(?:role|message|prompt|instruction)|role.{0,60}\bsystem\b|"
      r"developer instruction|roles must alternate", {"system": "user"}),
@@ -51,13 +52,15 @@ def refused_in(reply, body, refused):
     """
     text = json.dumps(reply, ensure_ascii=False)
     refusing = " ".join(filter(REFUSES.search, re.split(r"[.;]|\\n", text)))
+    candidates = [BOUNDS] if NAMES_BOUNDS.search(refusing) else []
     for part in (" ".join(NAMED.findall(text)), refusing, text if refusing else ""):
         found = [(match.start(), names) for words, names in OPTIONAL
                  if (match := re.search(words, part, re.IGNORECASE))]
-        for _, names in sorted(found, key=lambda pair: pair[0]):
-            is_value = "max_tokens" in names and not RENAMED.search(text)
-            if not is_value and adapted(body, refused | names) != adapted(body, refused):
-                return names
+        candidates += [names for _, names in sorted(found, key=lambda pair: pair[0])]
+    for names in candidates:
+        is_value = "max_tokens" in names and not RENAMED.search(text)
+        if not is_value and adapted(body, refused | names) != adapted(body, refused):
+            return names
     return None
 
 
