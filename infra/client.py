@@ -103,13 +103,14 @@ class Adapter(HTTPAdapter):
 
     def get_connection_with_tls_context(self, *args, **kwargs):
         pool, adapter = super().get_connection_with_tls_context(*args, **kwargs), self
+        if pool.ConnectionCls is type(pool).ConnectionCls:  # a new pool
 
-        class Connection(type(pool).ConnectionCls):
-            def connect(self):
-                super().connect()
-                adapter.socket = self.sock
+            class Connection(pool.ConnectionCls):
+                def connect(self):
+                    super().connect()
+                    adapter.socket = self.sock
 
-        pool.ConnectionCls = Connection
+            pool.ConnectionCls = Connection
         return pool
 
     def hang_up(self):
