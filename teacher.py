@@ -35,7 +35,7 @@ def self_critique(client, task, args, row):
             messages.append({"role": "user", "content": request})
         reply = chat(client, messages, args.model, args.max_tokens, args.temperature)
         if reply.problem:
-            raise RowFailed(reply.problem)
+            raise RowFailed(reply.problem, reply.refused)
         messages.append({"role": "assistant", "content": reply.text})
         replies.append(reply)
     answer, critique, rewrite = replies

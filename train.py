@@ -8,7 +8,6 @@ From top to bottom: a forward pass, metrics, the reference pass, train_student()
 reference, optimizer, loop, export), finish(), the flags. The loss of a pair and the
 log-probabilities are rdpo.py's; tokens and batches are data.py's. Skip infra/ on a first reading.
 """
-import datetime
 import math
 import os
 import time
@@ -499,7 +498,6 @@ def get_args(argv=None):
     if args.learning_rate is None:
         full, lora = (5e-6, 5e-5) if args.model else (3e-4, 1.5e-3)
         args.learning_rate = lora if args.lora_rank else full
-    args.date = datetime.date.today().isoformat()  # for chat templates that write it
     return args
 
 

@@ -6,6 +6,7 @@
     out_dir/model.safetensors, ...    the student as a Hugging Face folder, or an adapter
 """
 import contextlib
+import datetime
 import hashlib
 import json
 import math
@@ -56,6 +57,7 @@ def only_run_in(args):
 def check_out_dir(args):
     """BadInput unless out_dir is new, or holds a run that --resume or --overwrite names."""
     out_dir, path = args.out_dir, os.path.join(args.out_dir, "args.json")
+    args.date = datetime.date.today().isoformat()  # for chat templates that write it
     is_new = not os.path.exists(out_dir) or (  # a run that was killed early leaves its lock
         os.path.isdir(out_dir) and set(os.listdir(out_dir)) <= {"run.lock"})
     is_model = args.model and os.path.realpath(args.model) == os.path.realpath(out_dir)

@@ -3,7 +3,7 @@
 A key comes from an environment variable. It is sent in one header, and never printed or stored.
 Nothing that a server sends may hang the run, fill the memory or bring the key into a file.
 """
-import base64
+import argparse
 import contextlib
 import json
 import os
@@ -21,12 +21,16 @@ from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
 from infra.command import BadInput, at_least, between, one_line, warn
+from infra.refusals import adapted, is_about_the_row, refused_in
+from infra.replies import BROKEN, CUT, no_text, parts_of, refusal_in, written
 from infra.resumable import RowFailed
 from infra.rows import FINISHED
+from infra.thinking import split_thinking
 
 # http(s)://host[:port][/path], and no query, user name or password in it
 URL = re.compile(r"https?://([\w.-]+|\[[\da-f:.]+\])(:\d*)?(/[^\s?#]*)?", re.IGNORECASE)
 REPLY_BYTES = 16 * 2**20  # the longest reply that is read
+BUSY = (408, 409, 425, 429, 498)  # and 5xx: another try may succeed
 
 # --------------------------------------------------------------------------------- what is asked
 
@@ -35,36 +39,41 @@ REPLY_BYTES = 16 * 2**20  # the longest reply that is read
 class Reply:
     text: str  # the answer, "" if there is none
     finish: str | None  # one of rows.FINISHED, or else why it is incomplete: "length", ...
-    tokens: int
+    tokens: int  # written, thinking included
     thinking: str  # what the model wrote before the answer, "" if nothing
     problem: str  # why there is no answer and what to do, "" if there is one
     logprobs: list  # [(token, {a token in its place: its log-probability})], [] if not given
+    refused: bool  # whether the model or a filter refused this text: others may pass
 
 
 def chat(client, messages, model, max_tokens, temperature, **others):
     """The model's Reply to messages. Raises the errors of Client.post.
 
-    others are parameters of the protocol, such as seed; None is not sent. A reply without text is
-    asked for again if the next one may have some.
+    others are parameters of the protocol, such as seed; None is not sent. A reply without text, or
+    one that the server broke off, is asked for again if the next one may be whole.
     """
     def read(answer):
         choice, usage = answer["choices"][0], answer.get("usage") or {}
         message, finish = choice["message"], choice.get("finish_reason")
+        finish = finish and finish.lower()  # Gemini: STOP
         content = message.get("content") or ""
-        if isinstance(content, list):  # text in parts
-            content = "".join(part["text"] for part in content if part["type"] == "text")
-        thinking, text = split_thinking(content)
+        thinking, text = split_thinking(parts_of(content, "text"))
+        unclosed = thinking and not text
         if not thinking:  # the server may have taken it out itself
-            thinking = message.get("reasoning_content") or message.get("reasoning") or ""
-        tokens, cut = usage.get("completion_tokens") or 0, finish in ("length", "max_tokens")
+            thinking = (message.get("reasoning_content") or message.get("reasoning")
+                        or parts_of(content, "thinking"))
+        tokens, cut = written(usage), finish in CUT
         client.count(tokens_in=usage.get("prompt_tokens") or 0, tokens_out=tokens, cut=cut,
                      unfinished=not cut and finish not in FINISHED, thinking=bool(thinking))
-        problem = "" if text.strip() else no_text(message, finish, thinking and content)
-        return Reply(text, finish, tokens, thinking, problem, token_logprobs(choice))
+        if finish in BROKEN:
+            raise ValueError("broken off")
+        problem = "" if text.strip() else no_text(message, finish, unclosed)
+        return Reply(text, finish, tokens, thinking, problem, token_logprobs(choice),
+                     bool(refusal_in(message, finish)))
 
     body = {"model": model, "messages": messages,
-            "max_tokens": max_tokens, "temperature": temperature}
-    body |= {name: value for name, value in others.items() if value is not None}
+            "max_tokens": max_tokens, "temperature": temperature} | others | client.extra_body
+    body = {name: value for name, value in body.items() if value is not None}
     return client.post(f"{client.base_url}/chat/completions", body, read)
 
 
@@ -78,48 +87,7 @@ def token_logprobs(choice):
         return []
 
 
-def no_text(message, finish, unclosed_thinking):
-    """Why a reply has no text, and what to do. ValueError if the next one may have some."""
-    if message.get("refusal"):
-        return f"the model refused: {one_line(message['refusal'])[:200]}"
-    if message.get("tool_calls"):
-        return "the model called a tool instead of answering; serve it without tools"
-    if finish == "content_filter":
-        return "the server's content filter held the answer back"
-    if finish not in FINISHED or unclosed_thinking:
-        return "the model spent --max_tokens on thinking: raise it"
-    raise ValueError("no text")
-
-
-THINKING = r"(?:think|thinking|thought|reasoning|seed:think)"
-OPENED = re.compile(rf"\s*[<\[]{THINKING}[>\]]", re.IGNORECASE)
-CLOSED = re.compile(rf"[<\[]/{THINKING}[>\]]", re.IGNORECASE)
-CLOSED_LINE = re.compile(rf"^[ \t]*{CLOSED.pattern}[ \t]*$", re.IGNORECASE | re.MULTILINE)
-
-
-def split_thinking(text):
-    """(thinking, answer): the <think> block at the start of a text, and what follows it.
-
-    A block that never ends leaves no answer: the reply was cut. Some chat templates write the
-    opening tag into the prompt; then a closing tag that has a line to itself ends the block.
-    """
-    opened = OPENED.match(text)
-    closed = CLOSED.search(text, opened.end()) if opened else CLOSED_LINE.search(text)
-    if not closed:
-        return (text, "") if opened else ("", text)
-    start = opened.end() if opened else 0
-    return text[start:closed.start()].strip(), text[closed.end():].lstrip()
-
-
 # ------------------------------------------------------------------------------------ the exchange
-
-# What a refusal may name -> {parameter of the request: the name that is taken instead, or None}
-INSTEAD = {"max_tokens": {"max_tokens": "max_completion_tokens"},
-           "temperature": {"temperature": None},
-           "response_format|json_schema": {"response_format": None},
-           "logprobs|top_logprobs": {"logprobs": None, "top_logprobs": None}}
-REFUSED = re.compile("unsupported|not support|deprecat|instead|unavailable|unrecogni[sz]ed|"
-                     "not permitted|may only|only the default|must be one of", re.IGNORECASE)
 
 
 class NoReply(Exception):
@@ -163,7 +131,8 @@ class PerThread(threading.local):
 class Client:
     """A server: its address and key, when to give up, and counts of all requests.
 
-    args has base_url, key_env, timeout and retries. BadInput if they cannot be right.
+    args has base_url, key_env, timeout, retries, extra_body and no_logprobs. BadInput if they
+    cannot be right.
     """
 
     def __init__(self, args):
@@ -178,10 +147,13 @@ class Client:
         if not re.fullmatch("[!-~]*", self.key):
             raise BadInput(f"--key_env {args.key_env}: the key in that variable must be one line "
                            "of plain characters")
-        self.secret = secret_pattern(self.key)
+        self.secret = re.compile("".join(  # the key, also where JSON escapes it
+            rf"(?:\\{{0,3}}{re.escape(c)}|\\{{1,3}}u00(?i:{ord(c):02x}))" for c in self.key))
         self.timeout, self.retries = args.timeout, args.retries
+        self.extra_body = args.extra_body
         self.threads, self.lock, self.counts = PerThread(), threading.Lock(), Counter()
-        self.refused = {}  # parameters that this server does not take, as in INSTEAD
+        # What this server does not take, as in refusals.OPTIONAL
+        self.refused = dict.fromkeys(("logprobs", "top_logprobs")) if args.no_logprobs else {}
 
     def count(self, **numbers):
         with self.lock:
@@ -196,8 +168,8 @@ class Client:
     def post(self, url, body, read):
         """Send `body` and return read(the JSON reply). Retry with growing waits after failures.
 
-        Transient failures are: no reply, status 408, 409, 429 or 5xx, and a reply that `read`
-        cannot read. RowFailed after the last retry, or at once if the server refuses this request.
+        Transient failures are: no reply, a status in BUSY or 5xx, and a reply that `read` cannot
+        read. RowFailed after the last retry, or at once if the server refuses this request.
         BadInput if it would refuse all requests, or has never replied.
         """
         start, wait = time.monotonic(), 0.0
@@ -207,7 +179,7 @@ class Client:
             self.count(retries=int(attempt > 0))
             wait = min(2 ** attempt / 2, 60) * random.uniform(0.5, 1.5)
             try:
-                status, headers, reply = self.exchange(url, body)
+                status, headers, reply = self.negotiate(url, body)
             except NoReply as error:
                 reason = (f"no whole reply from {url} ({error}); check that the server runs, "
                           "--base_url, --timeout and --concurrency")
@@ -215,36 +187,57 @@ class Client:
             self.count(answered=1)
             if status == 200:
                 try:
-                    return read(reply)
+                    result = read(reply)
                 except (ValueError, LookupError, TypeError, AttributeError):
                     reason = f"{url} sent an unexpected reply: {server_message(reply)}"
                     continue
+                self.count(read=1)
+                return result
             reason = f"{url} answered {status}: {server_message(reply)}"
-            if status in (401, 404) or 300 <= status < 400:  # any other request would fail alike
+            would_last = status in (401, 404) or 300 <= status < 400
+            if would_last and not self.counts["read"]:
                 raise BadInput(f"{reason}; check the key (--key_env), --model and --base_url")
-            if status == 403:  # run_rows stops if all rows fail
-                reason += "; moderation refuses this text, or the key (--key_env) is wrong"
-            if status < 500 and status not in (408, 409, 429):  # a retry would fail alike
-                raise RowFailed(reason)
+            if status < 500 and status not in BUSY:  # a retry would fail alike
+                raise RowFailed(reason, is_own=status == 413 or is_about_the_row(reply))
             # The factor keeps the threads from returning all at once.
-            wait = retry_after(headers.get("Retry-After", ""), wait) * random.uniform(1, 1.1)
+            wait = max(wait, retry_after(headers.get("Retry-After", "")) * random.uniform(1, 1.1))
         reason += f" (asked {self.retries + 1} times in {time.monotonic() - start:.0f} s)"
         raise RowFailed(reason) if self.counts["answered"] else BadInput(reason)
+
+    def negotiate(self, url, body):
+        """The exchange(), again while the server refuses a parameter that can be left out.
+
+        What a request succeeds without is not sent again in this run.
+        """
+        refused, messages = dict(self.refused), []
+        while True:
+            status, headers, reply = self.exchange(url, adapted(body, refused))
+            names = status >= 400 and status not in BUSY and refused_in(reply, body, refused)
+            if not names:
+                break
+            refused |= names
+            messages.append((names, server_message(reply)))
+        for names, message in messages if status == 200 else ():
+            with self.lock:
+                is_new = not names.keys() <= self.refused.keys()
+                self.refused |= names
+            if is_new:
+                [instead] = set(names.values())
+                how = f"sent as {instead}" if instead else "left out"
+                warn(f"the server does not take `{'`, `'.join(names)}`, now {how}: {message}")
+        return status, headers, reply
 
     def exchange(self, url, body):
         """(status, headers, JSON value or text) of one request, in --timeout seconds at most.
 
-        Asks again if the server refuses a parameter that has another name, or can be left out.
         NoReply if there is no whole reply in that time, or one above REPLY_BYTES.
         """
         self.count(requests=1)
-        names = {name: self.refused.get(name, name) for name in body}
-        sent = {names[name]: value for name, value in body.items() if names[name]}
         content, end = bytearray(), time.monotonic() + self.timeout
         timer = threading.Timer(self.timeout, self.threads.adapter.hang_up)
         timer.start()
         try:
-            with self.threads.session.post(url, json=sent, auth=self.authorize, stream=True,
+            with self.threads.session.post(url, json=body, auth=self.authorize, stream=True,
                                            timeout=(min(10, self.timeout), self.timeout)
                                            ) as response:
                 if response.headers.get("Content-Encoding", "identity") != "identity":
@@ -267,8 +260,6 @@ class Client:
             reply = self.clean(json.loads(text))
         except (ValueError, RecursionError):
             reply = self.clean(text)
-        if response.status_code == 400 and self.learn_from(reply, sent):
-            return self.exchange(url, body)
         return response.status_code, response.headers, reply
 
     def clean(self, value):
@@ -280,61 +271,40 @@ class Client:
             return {self.clean(name): self.clean(item) for name, item in value.items()}
         if isinstance(value, list):
             return [self.clean(item) for item in value]
-        if not isinstance(value, str):
-            return value
-        text = self.secret.sub("[key]", value) if self.key else value
-        text, replaced = re.subn("[\ud800-\udfff]", "\ufffd", text)
-        if replaced:
-            self.count(replaced=replaced)
-        return text
-
-    def learn_from(self, reply, sent):
-        """Whether a 400 refuses a parameter of INSTEAD. It is then not sent again in this run."""
-        error = reply.get("error") if isinstance(reply, dict) else None
-        named = error.get("param") if isinstance(error, dict) else None
-        message = server_message(reply)
-        for words, names in INSTEAD.items():
-            said = re.search(rf"\b(?:{words})\b", f"{named} {message}")
-            if names.keys() & sent.keys() and said and REFUSED.search(message):
-                with self.lock:
-                    is_new = not names.keys() <= self.refused.keys()
-                    self.refused |= names
-                if is_new:
-                    how = ", ".join(f"sent as {new}" if new else "left out"
-                                    for new in dict.fromkeys(names.values()))
-                    warn(f"the server does not take `{'`, `'.join(names)}`, now {how}: {message}")
-                return True
-        return False
-
-
-def secret_pattern(key):
-    """What finds a key in text: as it is, escaped as in JSON, or inside base64."""
-    forms = ["".join(rf"(?:\\{{0,3}}{re.escape(c)}|\\{{1,3}}u00(?i:{ord(c):02x}))" for c in key)]
-    for shift in range(3):  # base64 of a longer text depends on where in it the key begins
-        for encode in (base64.b64encode, base64.urlsafe_b64encode):
-            text = encode(b"\0" * shift + key.encode()).decode()
-            text = text[-(-8 * shift // 6):(8 * (shift + len(key))) // 6]  # the key's own bits
-            forms += [re.escape(text)] if len(text) >= 8 else []
-    return re.compile("|".join(forms))
+        if isinstance(value, str):
+            value = self.secret.sub("[key]", value) if self.key else value
+            value, replaced = re.subn("[\ud800-\udfff]", "\ufffd", value)
+            if replaced:
+                self.count(replaced=replaced)
+        return value
 
 
 def server_message(reply):
     """The error message in a reply, a JSON value or text, as one short printable line."""
     error = reply.get("error", reply) if isinstance(reply, dict) else reply
     message = error.get("message", error) if isinstance(error, dict) else error
+    if isinstance(error, dict) and isinstance(error.get("metadata"), dict):  # OpenRouter
+        message = f"{message} {error['metadata'].get('raw', '')}"
     text = message if isinstance(message, str) else json.dumps(message)
     return one_line(text)[:200] or "an empty reply"
 
 
-def retry_after(header, default):
-    """Seconds to wait by a Retry-After header, a number or a date; at most an hour."""
-    try:
+def retry_after(header):
+    """Seconds to wait by a Retry-After header, a number or a date: an hour at most, 0 if none."""
+    with contextlib.suppress(InvalidHeader, ValueError, OverflowError):
         return min(Retry().parse_retry_after(header), 3600)
-    except (InvalidHeader, ValueError, OverflowError):
-        return default
+    return 0
 
 
 # --------------------------------------------------------------------------------------- the flags
+
+
+def json_object(text):
+    """An argparse type."""
+    with contextlib.suppress(RecursionError, ValueError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    raise argparse.ArgumentTypeError(f'must be an object such as {{"top_p": 0.9}}, not {text:.40}')
 
 
 def add_stage_flags(parser, max_tokens, needs_server=True):
@@ -354,6 +324,10 @@ def add_client_flags(parser, max_tokens):
     parser.add_argument("--concurrency", type=between(1, 1024), default=8,
                         help="rows processed at once")
     parser.add_argument("--max_tokens", type=at_least(1), default=max_tokens, help="per reply")
+    parser.add_argument("--extra_body", type=json_object, default={},
+                        help="JSON object that is added to every chat request")
+    parser.add_argument("--no_logprobs", action="store_true",
+                        help="do not ask for log-probabilities")
     parser.add_argument("--timeout", type=between(0.1, 86400, float), default=120,
                         help="seconds for a whole reply")
     parser.add_argument("--retries", type=between(0, 100), default=6,

@@ -16,7 +16,7 @@ def asked_with(args, texts, *flags):
 
     Flags at their default are not named, so that the rows of older versions can be continued.
     """
-    given = {name: vars(args).get(name) for name in flags}
+    given = {name: vars(args)[name] for name in flags}
     given = {name: value for name, value in given.items() if value not in (None, DEFAULTS[name])}
     return {"model": args.model, "task": digest(texts | given)} | given
 

@@ -24,11 +24,17 @@ from infra.rows import stream_rows
 # Counts of the client that the summary names only if there were any.
 RARE = {"unfinished": "replies ended for another reason", "thinking": "replies with thinking",
         "replaced": "characters that cannot be stored replaced"}
-STOP_AFTER = 10  # failures with no success between them: the cause is not in the rows
+STOP_AFTER = 10  # failures that no row itself caused, with no success between them
 
 
 class RowFailed(Exception):
-    """One row cannot be finished. The text is the reason; the other rows continue."""
+    """One row cannot be finished. The text is the reason; the other rows continue.
+
+    is_own says that the row itself is the cause, such as its length: others may pass.
+    """
+    def __init__(self, reason, is_own=False):
+        super().__init__(reason)
+        self.is_own = is_own
 
 
 @dataclass(kw_only=True)
@@ -173,7 +179,7 @@ def run_rows(stage, source, args, counts):
 
     args has out, limit, concurrency and show. counts is the client's Counter, for the summary;
     None: no server, the work runs in this thread. All rows are checked before the first request.
-    Ends early after STOP_AFTER failures in a row.
+    Ends early after STOP_AFTER failures in a row whose cause is not the row itself.
     """
     check_files(source, args.out)
     with only_writer(args.out):
@@ -198,7 +204,7 @@ def finish_rows(stage, source, args, counts):
                     with open(failed_path, "a", encoding="utf-8") as file:
                         write_line(file, row | {"failed": str(result)})
                     failed += 1
-                    failed_in_a_row += 1
+                    failed_in_a_row += not result.is_own
                     reason = result
                     if failed_in_a_row == STOP_AFTER:
                         break

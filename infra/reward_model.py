@@ -68,8 +68,8 @@ class RewardModel:
         encoded = [self.encode(*text) for text in texts]
         lengths = [len(each["input_ids"]) for each in encoded]
         limit, batches = position_limit(self.model), []
-        results = [RowFailed(f"a text has {length} tokens, but the reward model takes {limit}")
-                   if length > limit else None for length in lengths]
+        results = [RowFailed(f"a text has {length} tokens, but the reward model takes {limit}",
+                             is_own=True) if length > limit else None for length in lengths]
         for i in sorted(range(len(texts)), key=lengths.__getitem__):  # the newest is the longest
             if results[i] is not None:
                 continue

@@ -18,17 +18,31 @@ from infra.formats import (CHATS, EMPTY, IN_ROW, TURN, as_chat, as_messages, con
 
 LARGEST_SCORE = 1e38  # the gap of two scores must be finite in float32
 
-# Why a model ended a reply that is finished; None: the server does not say. With any other reason
-# ("length", "content_filter", ...) the reply is cut.
-FINISHED = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "", None)
+# Why a model ended a reply that is finished, in lower case; None: the server does not say. With any
+# other reason ("length", "content_filter", ...) the reply is cut.
+FINISHED = ("stop", "end", "eos", "eos_token", "end_turn", "end_of_text", "stop_sequence",
+            "complete", "completed", "done", "", None)
 
 # ------------------------------------------------------------------------------------------- files
 
 BOM = b"\xef\xbb\xbf"  # the byte-order mark that some editors write before UTF-8
 LONGEST_LINE = 2**30  # bytes: neither /dev/zero nor a gzip bomb may fill the memory
-PARQUET = ("a Parquet file; convert it (pip install pandas pyarrow), then give rows.jsonl: "
-           "python -c \"import pandas; pandas.read_parquet('{}')"
-           ".to_json('rows.jsonl', orient='records', lines=True)\"")
+CONVERT = "convert it (pip install {}), then give rows.jsonl: python -c \"{}\""
+PANDAS = CONVERT.format("pandas pyarrow", "import pandas; pandas.read_{}('{{}}')"
+                        ".to_json('rows.jsonl', orient='records', lines=True)")
+# First bytes of files that are not read -> what they are, and what to do
+NOT_READ = {
+    b"PAR1": "a Parquet file; " + PANDAS.format("parquet"),
+    b"ARROW1": "an Arrow file; " + PANDAS.format("feather"),
+    b"FEA1": "a Feather file; " + PANDAS.format("feather"),
+    b"\xff\xff\xff\xff": "an Arrow stream, as datasets keeps it; " + CONVERT.format(
+        "datasets", "import datasets; datasets.Dataset.from_file('{}').to_json('rows.jsonl')"),
+    b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it: zstd -d '{}'",
+    b"\xfd7zXZ\0": "packed by xz; unpack it: xz -dk '{}'",
+    b"BZh": "packed by bzip2; unpack it: bunzip2 -k '{}'",
+    b"\x04\x22\x4d\x18": "packed by lz4; unpack it: lz4 -d '{}'",
+    b"PK\x03\x04": "a zip file; unpack it: unzip '{}'",
+}
 
 
 def read_text(path, wanted):
@@ -95,9 +109,10 @@ def stream_rows(path, on_bad=None):
 
 def read_lines(file, path):
     """Yield the lines of a binary file, unpacked if it is gzip by its first bytes."""
-    first_bytes = file.peek(4)  # a pipe cannot be read twice
-    if first_bytes.startswith(b"PAR1"):
-        raise BadInput(f"{path}: {PARQUET.format(path)}")
+    first_bytes = file.peek(6)  # a pipe cannot be read twice
+    for start, what in NOT_READ.items():
+        if first_bytes.startswith(start):
+            raise BadInput(f"{path}: {what.format(path)}")
     file = gzip.open(file) if first_bytes.startswith(b"\x1f\x8b") else file
     number = 1
     try:
@@ -371,4 +386,5 @@ def is_cut(row):
     teacher = row.get("teacher")
     finish = teacher.get("finish") if isinstance(teacher, dict) else None
     return isinstance(finish, list) and any(
-        reason not in FINISHED for reason in finish[:1] + finish[-1:])
+        (reason.lower() if isinstance(reason, str) else reason) not in FINISHED
+        for reason in finish[:1] + finish[-1:])

@@ -1,5 +1,4 @@
 """The HTTP client against servers that misbehave, reasoning models, and refused parameters."""
-import base64
 import gzip
 import json
 import socket
@@ -11,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 from conftest import says
 
-from infra.client import Client, chat, split_thinking
-from infra.command import BadInput
+from infra.client import Client, add_stage_flags, chat
+from infra.command import BadInput, Parser
 from infra.resumable import RowFailed
+from infra.rows import FINISHED, is_cut
+from infra.thinking import split_thinking
 
 KEY = "sk-se/cret-0123456789"
-OK = json.dumps(says("fine")).encode()
 
 
 @pytest.fixture
@@ -53,7 +53,8 @@ def raw():
 
 
 def make_client(url, monkeypatch=None, **others):
-    given = dict(base_url=url, key_env=None, timeout=1, retries=0) | others
+    given = dict(base_url=url, key_env=None, timeout=1, retries=0, extra_body={},
+                 no_logprobs=False) | others
     if monkeypatch:
         monkeypatch.setenv("SOME_KEY", KEY)
         given["key_env"] = "SOME_KEY"
@@ -123,8 +124,7 @@ def test_broken_headers_are_no_traceback(head, raw):
 
 @pytest.mark.parametrize("form", [
     KEY, KEY.replace("/", "\\/"), "".join(f"\\u{ord(c):04x}" for c in KEY),
-    *(base64.b64encode(b"x" * n + KEY.encode() + b"yz").decode() for n in range(3)),
-    base64.urlsafe_b64encode(f"Bearer {KEY}".encode()).decode()])
+    KEY.replace("/", r"\\\/"), "".join(f"\\\\u{ord(c):04X}" for c in KEY)])  # JSON in JSON
 @pytest.mark.parametrize("status", [200, 400])
 def test_no_form_of_the_key_comes_back(form, status, raw, monkeypatch):
     plain = json.loads(f'"{form}"')
@@ -161,13 +161,57 @@ def test_a_base_url_with_a_query_is_refused(url):
 # ------------------------------------------------------------------------------- what models say
 
 
+FENCED = "Use it:\n```xml\n<thinking>\nplan\n</thinking>\n```\nBye."
+HARMONY = ("<|channel|>analysis<|message|>x<|end|><|start|>assistant"
+           "<|channel|>final<|message|>ANSWER")
+
+
 @pytest.mark.parametrize("text, wanted", [
     ("<think>a</think>\n\nb", ("a", "b")), ("\n<think>\na\n</think>b", ("a", "b")),
     ("[THINK]a[/THINK]b", ("a", "b")), ("<think>a", ("<think>a", "")),
-    ("a\n</think>\n\nb", ("a", "b")), ("b <think>a</think>", ("", "b <think>a</think>")),
-    ("The tag </think> ends it.", ("", "The tag </think> ends it.")), ("", ("", ""))])
+    ("<think>\n\n</think>\n\nb", ("", "b")), ("<think>a</think><think>b</think>c", ("a\n\nb", "c")),
+    ("a\n</think>\n\nb", ("a", "b")), ("</think>b", ("", "b")), ("", ("", "")),
+    # other models
+    (HARMONY, ("x", "ANSWER")), (HARMONY + "<|return|>", ("x", "ANSWER")),
+    (HARMONY.removeprefix("<|channel|>analysis<|message|>"), ("x", "ANSWER")),
+    (HARMONY.partition("<|end|>")[0], ("<|channel|>analysis<|message|>x", "")),
+    ("<|channel|>final<|message|>ANSWER", ("", "ANSWER")),
+    ("analysisx y.assistantfinalANSWER", ("x y.", "ANSWER")),
+    ("<|channel>thought\nx\n<channel|>ANSWER", ("x", "ANSWER")),
+    ("<|START_THINKING|>x<|END_THINKING|><|START_RESPONSE|>A<|END_RESPONSE|>", ("x", "A")),
+    ("<|START_RESPONSE|>A<|END_RESPONSE|>", ("", "A")), ("◁think▷x◁/think▷A", ("x", "A")),
+    ("<think>x</think>\n<|begin_of_box|>A<|end_of_box|>", ("x", "A")),
+    ("<think>\nx\n</think>\n<answer>\nA\n</answer>", ("x", "A")),
+    ("<think>\nx\n</think>\n<answer>\nA", ("x", "A")), ("<seed:think>x</seed:think>A", ("x", "A")),
+    ("Here is my thought process: x\nHere is my response: A", ("x", "A")),
+    # the prompt has the opening tag
+    ("I weigh it.</think>It is fair.", ("I weigh it.", "It is fair.")),
+    ("I weigh it. </think> It is fair.", ("I weigh it.", "It is fair.")),
+    ('He says "so"</think>"Fair."', ('He says "so"', '"Fair."')),
+    ('He writes "</think>" here.</think>A', ('He writes "</think>" here.', "A")),
+    ("The <think> tag is his.\n</think>\nA", ("The <think> tag is his.", "A")),
+    # a closing tag that the thoughts quote
+    ("<think>He writes `</think>` here.</think>A", ("He writes `</think>` here.", "A")),
+    ("<think>He writes </think> here.\n</think>\nA", ("He writes </think> here.", "A")),
+    ("<think>\n```\n</think>\n```\nSo.</think>A", ("```\n</think>\n```\nSo.", "A")),
+    ("<think>The `</think>` tag", ("<think>The `</think>` tag", "")),
+    ("<think>a ` b\n</think>\nuse `x`", ("a ` b", "use `x`")),
+    # answers that show the tags
+    *((text, ("", text)) for text in (
+        FENCED, FENCED.replace("```xml\n", "").replace("```\n", ""), "b <think>a</think>",
+        "The tag </think> ends it.", "Close with `</think>`.", "So: <think>plan</think>. Bye",
+        "Like: <thinking>\nplan\n</thinking>\nBye.", "analysis of it", "<answer>A</answer>"))])
 def test_split_thinking(text, wanted):
     assert split_thinking(text) == wanted
+
+
+@pytest.mark.parametrize("unit", ["<think>", "</think>", "<think></think>", " </think>", " ", "`",
+                                  "```\n", "\t<think>\n", "<|end|>", "<|channel|>final", '"'])
+def test_split_thinking_is_linear(unit):
+    for before in ("", "<think>", "x"):
+        start = time.process_time()
+        split_thinking(before + unit * (500_000 // len(unit)))
+        assert time.process_time() - start < 3
 
 
 def replies(scripted, message, finish="stop"):
@@ -179,58 +223,247 @@ def replies(scripted, message, finish="stop"):
 @pytest.mark.parametrize("message, finish, part", [
     ({"content": None, "reasoning_content": "hm"}, "length", "spent --max_tokens on thinking"),
     ({"content": ""}, "max_tokens", "spent --max_tokens on thinking"),
+    ({"content": ""}, "MAX_TOKENS", "spent --max_tokens on thinking"),
     ({"content": "<think>hm"}, "stop", "spent --max_tokens on thinking"),
-    ({"content": None, "refusal": "I won't."}, "stop", "the model refused: I won't."),
+    ({"content": None, "refusal": "I won't."}, "stop", "filter refused: I won't."),
     ({"content": None, "tool_calls": [{}]}, "tool_calls", "called a tool"),
-    ({"content": None}, "content_filter", "content filter")])
+    ({"content": None}, "content_filter", "filter refused: content_filter"),
+    ({"content": ""}, "SAFETY", "filter refused: safety"),
+    ({"content": ""}, "refusal", "filter refused: refusal"),
+    ({"content": "<think>hm"}, "other", "ended the reply without text: other"),
+    ({"content": ""}, "OTHER", "ended the reply without text: other")])
 def test_a_reply_without_text_says_why_and_is_asked_for_once(message, finish, part, scripted):
     server = replies(scripted, message, finish)
     client = make_client(server.url, retries=3)
     reply = ask(client)
     assert part in reply.problem and reply.text == "" and len(server.requests) == 1
+    assert reply.refused == ("filter refused" in part)
     assert client.counts["tokens_out"] == 7
+
+
+@pytest.mark.parametrize("finish", ["STOP", "end", "eos", "COMPLETE", None])
+def test_a_finished_reply_is_not_cut_and_an_empty_one_is_asked_for_again(finish, scripted):
+    reply = ask(make_client(replies(scripted, {"content": "b"}, finish).url))
+    assert reply.finish in FINISHED and not is_cut({"teacher": {"finish": [finish]}})
+    server = replies(scripted, {"content": ""}, finish)
+    with pytest.raises(RowFailed, match="unexpected reply"):
+        ask(make_client(server.url, retries=1))
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("finish", ["SAFETY", "refusal", "content_filter", "length"])
+def test_half_a_text_is_kept_and_marked(finish, scripted):
+    reply = ask(make_client(replies(scripted, {"content": "half"}, finish).url))
+    assert (reply.text, reply.finish, reply.problem) == ("half", finish.lower(), "")
+    assert is_cut({"teacher": {"finish": [reply.finish]}})
+
+
+@pytest.mark.parametrize("finish", ["error", "ERROR", "abort"])
+def test_a_reply_that_the_server_broke_off_is_asked_for_again(finish, scripted):
+    finishes = iter([finish, "stop"])
+    server = scripted(lambda path, request: says("half a text", next(finishes)))
+    reply = ask(make_client(server.url, retries=1))
+    assert reply.finish == "stop" and len(server.requests) == 2
+
+
+@pytest.mark.parametrize("usage, wanted", [
+    ({"completion_tokens": 7}, 7), ({"completion_tokens": 7, "total_tokens": 12}, 7),
+    ({"completion_tokens": 7, "total_tokens": 112}, 107),  # Gemini, Grok
+    ({"completion_tokens": 107, "completion_tokens_details": {"reasoning_tokens": 100}}, 107),
+    ({"completion_tokens": 7, "completion_tokens_details": {"reasoning_tokens": 100}}, 107),
+    ({"completion_tokens": 7, "completion_tokens_details": None}, 7), (None, 0)])
+def test_thinking_outside_completion_tokens_is_counted(usage, wanted, scripted):
+    usage = usage and {"prompt_tokens": 5} | usage
+    client = make_client(scripted(lambda path, request: says("b") | {"usage": usage}).url)
+    assert ask(client).tokens == client.counts["tokens_out"] == wanted
 
 
 def test_content_in_parts_and_thinking_apart(scripted):
     parts = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
     reply = ask(make_client(replies(scripted, {"content": parts, "reasoning": "hm"}).url))
     assert (reply.text, reply.thinking, reply.problem) == ("ab", "hm", "")
+    thoughts = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}  # Magistral
+    reply = ask(make_client(replies(scripted, {"content": [thoughts, parts[0]]}).url))
+    assert (reply.text, reply.thinking, reply.problem) == ("a", "hm", "")
 
 
-def test_refused_parameters_are_switched_once(serve, capsys):
-    seen = []
-
-    class Strict(BaseHTTPRequestHandler):
-        def do_POST(self):
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            seen.append(request)
-            error = None
-            if "max_tokens" in request:
-                error = {"param": "max_tokens", "message": "Unsupported parameter: 'max_tokens' is "
-                         "not supported with this model. Use 'max_completion_tokens' instead."}
-            elif "temperature" in request:
-                error = {"message": "Unsupported value: 'temperature' does not support 0.7 with "
-                                    "this model. Only the default (1) value is supported."}
-            content = json.dumps({"error": error}).encode() if error else OK
-            self.send_response(400 if error else 200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_):
-            pass
-
-    client = make_client(serve(ThreadingHTTPServer(("127.0.0.1", 0), Strict)).url)
-    assert [ask(client).text for _ in range(3)] == ["fine"] * 3
-    assert len(seen) == 5 and client.counts["retries"] == 0
-    assert "max_tokens" not in seen[-1] and seen[-1]["max_completion_tokens"] == 9
-    err = capsys.readouterr().err
-    assert len(err.splitlines()) == 2 and "`temperature`, now left out" in err
+# --------------------------------------------------------------------------- what servers refuse
 
 
-def test_max_tokens_that_are_too_many_are_not_switched(raw):
-    error = json.dumps({"error": {"message": "'max_tokens' is too large: 9."}}).encode()
-    client = make_client(raw(lambda connection: connection.sendall(whole(400, error))))
-    with pytest.raises(RowFailed, match="too large"):
+@pytest.fixture
+def refusing(serve):
+    """Starts a server that answers "fine", or the (status, JSON) that a function of the request
+    gives; returns it with .url and .requests.
+    """
+    def start(refusal):
+        class Refusing(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                self.server.requests.append(request)
+                status, reply = refusal(request) or (200, says("fine"))
+                content = json.dumps(reply).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+        server.requests = []
+        return serve(server)
+
+    return start
+
+
+SCHEMA = {"type": "json_schema", "json_schema": {"schema": {"properties": {
+    "Final score": {"type": "integer", "minimum": 0, "maximum": 5}}}}}
+MESSAGES = [{"role": "system", "content": "Judge."}, {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Ho"}, {"role": "user", "content": "Hm"}]
+
+
+def ask_all(client):
+    """Ask with every parameter that a server may refuse."""
+    return chat(client, MESSAGES, "m", 9, 0, seed=1, response_format=SCHEMA, logprobs=True,
+                top_logprobs=10)
+
+
+def error(message, **more):
+    return {"error": {"message": message} | more}
+
+
+LOGPROBS, BOUNDS = {"logprobs", "top_logprobs"}, {"minimum", "maximum"}
+OPENROUTER = json.dumps(error("Unsupported parameter: 'seed' is not supported", param="seed"))
+REFUSALS = [  # (what is refused, status, reply)
+    ({"temperature"}, 400, error("invalid temperature: only 1 is allowed for this model")),
+    ({"temperature"}, 400, error("temperature must be strictly positive")),
+    ({"temperature"}, 422, {"detail": [{"loc": ["body", "temperature"], "msg": "Input should be "
+                                        "greater than 0", "input": 0, "type": "greater_than"}]}),
+    ({"temperature"}, 400, error("Unsupported value: 'temperature' does not support 0 with this "
+                                 "model. Only the default (1) value is supported.")),
+    (LOGPROBS, 400, [error("Logprobs is not enabled for models/gemini-9", code=400,
+                           status="INVALID_ARGUMENT")]),
+    (LOGPROBS, 403, error("You are not allowed to request logprobs from this model")),
+    (LOGPROBS, 400, error("Cannot request more than 5 logprobs.")),
+    (LOGPROBS, 404, error("No endpoints found that support `top_logprobs`")),
+    (LOGPROBS, 500, error("Unsupported param: logprobs")),
+    ({"seed"}, 422, {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"],
+                                 "msg": "Extra inputs are not permitted", "input": 1}]}),
+    ({"seed"}, 400, error("Provider returned error", metadata={"raw": OPENROUTER})),
+    ({"seed"}, 400, error("This is refused. " * 20 + "The parameter seed is not supported")),
+    ({"seed"}, 400, error("Unsupported parameter. Supported: temperature, max_tokens, logprobs",
+                          param="seed")),
+    ({"seed"}, 400, error("Supported are temperature and logprobs. `seed` is not known")),
+    ({"seed"}, 400, "Unknown field: seed"),
+    (BOUNDS, 400, error("For 'integer' type, property 'minimum' is not supported")),
+    (BOUNDS, 400, error("Invalid schema for response_format 'verdict': 'maximum' is not "
+                        "permitted.", param="response_format")),
+    (BOUNDS | {"response_format"}, 400, error("Invalid schema for response_format 'verdict'")),
+    ({"response_format"}, 400, error("This response_format type is unavailable now")),
+    ({"response_format"}, 501, error("json_schema is not supported by this server")),
+    ({"max_tokens"}, 400, error("Unsupported parameter: 'max_tokens' is not supported with this "
+                                "model. Use 'max_completion_tokens' instead.", param="max_tokens")),
+    ({"system"}, 400, error("System role not supported")),
+    ({"system"}, 400, error("Unsupported value: 'messages[0].role' does not support 'system' with "
+                            "this model.", param="messages[0].role")),
+    ({"system"}, 400, error("Developer instruction is not enabled for models/gemma-3")),
+    ({"system"}, 500, error("Conversation roles must alternate user/assistant/user/assistant")),
+]
+
+
+@pytest.mark.parametrize("names, status, reply", REFUSALS)
+def test_a_refused_parameter_is_left_out_and_nothing_else(names, status, reply, refusing, capsys):
+    last = "response_format" if "response_format" in names else min(names)
+    server = refusing(lambda request: (status, reply) if f'"{last}"' in json.dumps(request)
+                      else None)
+    client = make_client(server.url)
+    assert ask_all(client).text == "fine" and set(client.refused) == names
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(server.requests) - 1 == (2 if len(names) == 3 else 1)
+    assert all("the server does not take `" in line for line in lines)
+    assert ask_all(client).text == "fine" and capsys.readouterr().err == ""
+    first, sent = server.requests[0], server.requests[-1]
+    assert server.requests[-2] == sent and client.counts["retries"] == 0  # learned
+    for name in first.keys() - names - {"messages", "response_format"}:
+        assert sent[name] == first[name]
+    if "max_tokens" in names:
+        assert sent["max_completion_tokens"] == 9
+    joined = [MESSAGES[1] | {"content": "Judge.\n\nHi"}, *MESSAGES[2:]]
+    assert sent["messages"] == (joined if "system" in names else MESSAGES)
+    bounded = {"type": "integer"} if names >= BOUNDS else {"type": "integer", "minimum": 0,
+                                                          "maximum": 5}
+    assert "response_format" in names or bounded == sent["response_format"]["json_schema"][
+        "schema"]["properties"]["Final score"]
+
+
+def test_several_refused_parameters_are_left_out_one_at_a_time(refusing, capsys):
+    def refusal(request):
+        for name in ("max_tokens", "temperature", "seed"):
+            if name in request:
+                return 400, error(f"Unsupported parameter: '{name}' is not supported", param=name)
+
+    server = refusing(refusal)
+    client = make_client(server.url)
+    assert [ask_all(client).text for _ in range(3)] == ["fine"] * 3
+    assert len(server.requests) == 6 and len(capsys.readouterr().err.splitlines()) == 3
+    assert set(client.refused) == {"max_tokens", "temperature", "seed"}
+
+
+@pytest.mark.parametrize("status, reply, is_own", [
+    (400, error("'max_tokens' is too large: 9.", param="max_tokens"), True),
+    (400, error("max_tokens is too large: 9. This model supports at most 5 completion tokens",
+                param="max_tokens"), True),
+    (400, error("This model's maximum context length is 8 tokens. However, you requested 9 in the "
+                "messages", code="context_length_exceeded"), True),
+    (400, error("The request exceeds the available context size"), True),
+    (403, error("Your input was flagged by moderation: `temperature` is not allowed"), True),
+    (413, "Payload too big", True), (400, error("No connected db."), False),
+    (403, error("Forbidden"), False)])
+def test_a_refused_text_is_the_rows_own_failure(status, reply, is_own, refusing, capsys):
+    client = make_client(refusing(lambda request: (status, reply)).url)
+    with pytest.raises(RowFailed, match=f"answered {status}") as caught:
+        ask_all(client)
+    assert caught.value.is_own == is_own
+    assert not client.refused and capsys.readouterr().err == ""  # not learned: it did not help
+
+
+@pytest.mark.parametrize("status", [401, 404, 498])
+def test_one_refusal_after_replies_is_one_rows_failure(status, refusing):
+    server = refusing(lambda request: (status, {}) if len(server.requests) == 2 else None)
+    client = make_client(server.url)
+    assert ask(client).text == "fine"
+    with pytest.raises(RowFailed, match=f"answered {status}") as caught:
         ask(client)
-    assert not client.refused
+    assert ask(client).text == "fine" and not caught.value.is_own
+    with pytest.raises(BadInput if status != 498 else RowFailed):  # before any reply
+        ask(make_client(refusing(lambda request: (status, {})).url))
+
+
+def test_retry_after_0_keeps_the_own_wait(raw, monkeypatch):
+    waits = []
+    monkeypatch.setattr("infra.client.time.sleep", waits.append)
+    url = raw(lambda connection: connection.sendall(whole(503, b"{}", "Retry-After: 0")))
+    with pytest.raises(RowFailed, match="asked 7 times"):
+        ask(make_client(url, retries=6))
+    assert all(2**i / 4 <= wait <= 2**i * 0.75 for i, wait in enumerate(waits)) and len(waits) == 6
+
+
+def test_what_cannot_be_learned_has_flags(refusing):
+    parser = Parser("")
+    add_stage_flags(parser, max_tokens=9)
+    server = refusing(lambda request: None)
+    flags = ["--out", "o", "--model", "m", "--base_url", server.url]
+    given = parser.parse_args([*flags, "--no_logprobs", "--extra_body",
+                               '{"chat_template_kwargs": {"enable_thinking": false}, "seed": 5}'])
+    ask_all(Client(given))
+    ask_all(Client(parser.parse_args(flags)))
+    sent, plain = server.requests
+    assert sent["chat_template_kwargs"] == {"enable_thinking": False} and sent["seed"] == 5
+    assert not LOGPROBS & sent.keys() and sent.keys() | LOGPROBS == plain.keys() | {
+        "chat_template_kwargs"}
+    for text in ("[1]", "{", "7", ""):
+        with pytest.raises(BadInput, match="--extra_body: must be an object"):
+            parser.parse_args([*flags, "--extra_body", text])

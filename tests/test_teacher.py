@@ -1,5 +1,7 @@
 """Stage 1 with a server that fails in every way, with kill -9, and with bad input; on loopback."""
+import bz2
 import json
+import lzma
 import os
 import random
 import signal
@@ -15,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import requests
-from conftest import ROOT, read_lines
+from conftest import ROOT, read_lines, says
 
 import teacher
 from infra import client
@@ -62,7 +64,7 @@ class Faulty(BaseHTTPRequestHandler):
             time.sleep(1.5)
             self.close_connection = True
         elif isinstance(fault, int):  # the message repeats the key, as some servers do
-            error = {"error": {"message": f"fault {fault} for {key}"}}
+            error = {"error": {"message": f"fault {fault}{server.says} for {key}"}}
             self.send(fault, json.dumps(error).encode(), {"Retry-After": server.retry_after})
         elif fault in BODIES:
             self.send(200, BODIES[fault], {})
@@ -91,6 +93,7 @@ def faulty(toy_server, serve):
     def start(fault=lambda: None, *toy_flags):
         server = Server(("127.0.0.1", 0), Faulty)
         server.behind, server.fault, server.retry_after = toy_server(*toy_flags), fault, "0"
+        server.says = ""  # why, in the message of a fault that is a status
         server.lock, server.faults, server.asked = threading.Lock(), Counter(), []
         server.keys = set()
         return serve(server)
@@ -219,10 +222,10 @@ def test_retry_after_is_honoured(faulty, write_rows, tmp_path, run_stage):
 
 def test_retry_after_header():
     in_10_s, before = (formatdate(time.time() + seconds, usegmt=True) for seconds in (10, -10))
-    assert retry_after("7", 0.5) == 7 and retry_after("99999", 0.5) == 3600
-    assert 8 < retry_after(in_10_s, 0.5) <= 10
-    assert retry_after(before, 0.5) == 0
-    assert [retry_after(text, 0.5) for text in ("", "soon", "-3")] == [0.5] * 3
+    assert retry_after("7") == 7 and retry_after("99999") == 3600
+    assert 8 < retry_after(in_10_s) <= 10
+    assert retry_after(before) == 0
+    assert [retry_after(text) for text in ("", "soon", "-3")] == [0] * 3
 
 
 def test_cut_replies_are_kept_marked_and_counted(toy_server, write_rows, tmp_path, run_stage):
@@ -337,6 +340,42 @@ def test_a_forbidden_prompt_fails_its_row_only(faulty, write_rows, tmp_path, run
     assert len(server.asked) == 10  # no retry
     failed = read_lines(tmp_path / "out.failed.jsonl")
     assert [row["id"] for row in failed] == [PROMPTS[1]["id"]]
+
+
+@pytest.mark.parametrize("reason", [
+    "This model's maximum context length is 8 tokens", "prompt is too long",
+    "The response was filtered by the content management policy", "flagged by moderation"])
+def test_refused_rows_at_the_head_do_not_stop_the_run(
+        reason, faulty, write_rows, tmp_path, run_stage):
+    server = faulty(lambda: 400 if len(server.asked) < 20 else None)
+    server.says = f": {reason}"
+    code, out, err = run_stage(teacher, *command(
+        server.url, write_rows(PROMPTS[:25]), tmp_path / "out", "--concurrency", 1))
+    assert code == 1 and "5 of 25 rows" in out and "20 rows failed" in err and reason[:20] in err
+
+
+def test_prompts_that_the_model_refuses_do_not_stop_the_run(
+        scripted, write_rows, tmp_path, run_stage):
+    refusal = {"choices": [{"message": {"content": None, "refusal": "No."},
+                            "finish_reason": "stop"}]}
+    server = scripted(lambda path, request: refusal if len(server.requests) <= 12 else says("a"))
+    code, out, err = run_stage(teacher, *command(
+        server.url, write_rows(PROMPTS[:15]), tmp_path / "out", "--concurrency", 1))
+    assert code == 1 and "3 of 15 rows" in out and "filter refused: No." in err
+
+
+@pytest.mark.parametrize("status", [404, 498])
+def test_a_single_odd_status_between_replies_fails_its_row_only(
+        status, faulty, write_rows, tmp_path, run_stage):
+    server = faulty(lambda: status if len(server.asked) == 4 else None)
+    code, out, err = run_stage(teacher, *command(
+        server.url, write_rows(PROMPTS[:3]), tmp_path / "out", "--concurrency", 1,
+        "--retries", 0))
+    assert code == 1 and "2 of 3 rows" in out and f"answered {status}" in err
+    server.fault = lambda: status if len(server.asked) > 25 else None  # for good: a wrong key
+    code, out, err = run_stage(teacher, *command(
+        server.url, write_rows(PROMPTS), tmp_path / "out", "--concurrency", 1, "--retries", 0))
+    assert code == 1 and "stopped after 10 rows failed one after another" in err
 
 
 @pytest.mark.parametrize("status", [400, 500])
@@ -462,6 +501,23 @@ def test_out_that_is_no_output_is_left_alone(write_rows, tmp_path, run_stage):
         assert code == 2 and str(path) in err and path.read_bytes() == before
 
 
+@pytest.mark.parametrize("first, remedy", [
+    (b"\x28\xb5\x2f\xfd", "packed by zstd; unpack it: zstd -d '"),
+    (lzma.compress(b"{}"), "packed by xz; unpack it: xz -dk '"),
+    (bz2.compress(b"{}"), "packed by bzip2; unpack it: bunzip2 -k '"),
+    (b"\x04\x22\x4d\x18", "packed by lz4; unpack it: lz4 -d '"),
+    (b"PK\x03\x04", "a zip file; unpack it: unzip '"),
+    (b"ARROW1\0\0", "an Arrow file; convert it (pip install pandas pyarrow)"),
+    (b"\xff\xff\xff\xff\x10", "datasets.Dataset.from_file('"),
+    (b"PAR1", "a Parquet file; convert it (pip install pandas pyarrow)")])
+def test_files_of_other_kinds_are_named(first, remedy, tmp_path, run_stage):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(first + b"\xff\x00" * 9)
+    code, out, err = run_stage(teacher, *command("http://127.0.0.1:9/v1", path, tmp_path / "out"))
+    assert code == 2 and len(err.splitlines()) == 1 and "UTF-8" not in err
+    assert f"{path}: " in err and remedy in err and err.count(str(path)) == 2
+
+
 def test_an_id_with_another_prompt_is_refused(faulty, write_rows, tmp_path, run_stage):
     server, out = faulty(), tmp_path / "out"
     assert run_stage(teacher, *command(server.url, write_rows(PROMPTS[:2]), out))[0] == 0
@@ -514,7 +570,8 @@ def test_no_torch():
 def test_backoff_grows(monkeypatch):
     waits = []
     monkeypatch.setattr(client.time, "sleep", waits.append)
-    args = SimpleNamespace(base_url="http://127.0.0.1:9/v1", key_env=None, timeout=1, retries=9)
+    args = SimpleNamespace(base_url="http://127.0.0.1:9/v1", key_env=None, timeout=1, retries=9,
+                           extra_body={}, no_logprobs=False)
     server = client.Client(args)
     with pytest.raises(BadInput, match=r"asked 10 times"):
         server.post(server.base_url, {}, dict)

@@ -11,8 +11,8 @@ from tokenizers import trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
-import train
 from data import encode_answers, encode_pair, prompt_text
+from infra import checkpoint
 from infra.command import BadInput
 from infra.formats import canonical
 from infra.generate import generate
@@ -345,7 +345,7 @@ def test_a_run_resumes_after_midnight_with_the_prompts_of_its_first_day(
         def today(cls):
             return cls.fromisoformat(today) + datetime.timedelta(days=1)
 
-    monkeypatch.setattr(train.datetime, "date", Tomorrow)
+    monkeypatch.setattr(checkpoint.datetime, "date", Tomorrow)
     code, _, err = run_train(*flags, "--resume")
     assert code == 0, err
     assert json.loads((out / "args.json").read_text())["date"] == today
