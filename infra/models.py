@@ -159,8 +159,8 @@ def check_ids(model, ids, where):
 
 def position_limit(model):
     """The longest row in tokens that a model reads; math.inf if its config sets no limit."""
-    known = vars(model.config.get_text_config())
-    limit = known.get("max_position_embeddings") or known.get("max_seq_len")  # MPT's name
+    config = model.config.get_text_config()  # getattr, as GPT-2 has it under another name
+    limit = getattr(config, "max_position_embeddings", None) or vars(config).get("max_seq_len")
     return limit if limit and limit > 0 else math.inf
 
 
