@@ -22,22 +22,24 @@ from safetensors.torch import load_file, save_file
 
 from infra.command import BadInput, first_line
 from infra.models import load_model
+from infra.nf4 import FrozenLinear, dense, parts_of
 from infra.rows import read_object
 
 
 class LoRALinear(nn.Module):
-    """A frozen nn.Linear with an adapter beside it: (..., in) -> (..., out).
+    """A frozen nn.Linear or FrozenLinear with an adapter beside it: (..., in) -> (..., out).
 
-    A and B have the base's dtype. In 16 bits they learn from float32 masters: see rounding.py.
+    A and B have the base's dtype, or the one given. In 16 bits they learn from float32 masters: see
+    rounding.py.
     """
 
-    def __init__(self, base, rank, alpha):
+    def __init__(self, base, rank, alpha, dtype=None):
         super().__init__()
         self.base, self.rank, self.alpha, self.enabled = base, rank, alpha, True
-        A = torch.empty(rank, base.in_features, device=base.weight.device)
+        A = torch.empty(rank, base.in_features, device=parts_of(base)[0].device)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as nn.Linear does; the same in every dtype
-        self.A = nn.Parameter(A.to(base.weight.dtype))  # (rank, in)
-        self.B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))  # (out, rank)
+        self.A = nn.Parameter(A.to(dtype or base.weight.dtype))  # (rank, in)
+        self.B = nn.Parameter(self.A.new_zeros(base.out_features, rank))  # (out, rank)
 
     def forward(self, x):  # (..., in)
         if not self.enabled:
@@ -45,7 +47,7 @@ class LoRALinear(nn.Module):
         low = self.alpha / self.rank * F.linear(x, self.A)  # (..., rank): scale the narrow side
         if x.dtype == torch.float32:
             return self.base(x) + F.linear(low, self.B)  # (..., out)
-        return RoundedOnce.apply(x, low, self.base.weight, self.base.bias, self.B)  # (..., out)
+        return RoundedOnce.apply(x, low, self.B, self.base.bias, *parts_of(self.base))
 
 
 class RoundedOnce(torch.autograd.Function):
@@ -57,17 +59,20 @@ class RoundedOnce(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, low, weight, bias, B):
-        ctx.save_for_backward(low, weight, B)
+    def forward(ctx, x, low, B, bias, *parts):
+        ctx.save_for_backward(low, B, *parts)
+        ctx.width = x.shape[-1]
+        weight = dense(parts, x, ctx.width)  # (out, in)
         pad = (0, -low.shape[-1] % 8)  # GPUs want rows of 16 bytes
         both = torch.cat([x, F.pad(low, pad)], -1)  # (..., in + rank)
         return F.linear(both, torch.cat([weight, F.pad(B, pad)], 1), bias)  # (..., out)
 
     @staticmethod
     def backward(ctx, grad):  # (..., out)
-        low, weight, B = ctx.saved_tensors
+        low, B, *parts = ctx.saved_tensors
         grad_B = grad.flatten(0, -2).T @ low.flatten(0, -2)  # (out, rank)
-        return grad @ weight, grad @ B, None, None, grad_B
+        grad_x = grad @ dense(parts, grad, ctx.width)  # (..., in)
+        return grad_x, grad @ B, grad_B, None, *[None] * len(parts)
 
 
 def add_lora(model, rank, alpha):
@@ -78,16 +83,18 @@ def add_lora(model, rank, alpha):
     is larger than any of the layers can use.
     """
     model.requires_grad_(False)
-    most = max((min(module.weight.shape) for module in model.base_model.modules()
-                if isinstance(module, nn.Linear)), default=rank)
+    linear = nn.Linear, FrozenLinear
+    most = max((min(module.in_features, module.out_features)
+                for module in model.base_model.modules() if isinstance(module, linear)),
+               default=rank)
     if rank > most:
         raise BadInput(f"--lora_rank: {rank} is more than the rank of this model's largest layer, "
                        f"{most}; give less")
     for name, module in list(model.base_model.named_modules()):
-        if isinstance(module, nn.Linear):
+        if isinstance(module, linear):
             parent, _, leaf = name.rpartition(".")
             parent = model.base_model.get_submodule(parent)
-            setattr(parent, leaf, LoRALinear(module, rank, alpha))
+            setattr(parent, leaf, LoRALinear(module, rank, alpha, model.dtype))
         elif not isinstance(module, nn.Embedding) and any(
                 weight.dim() > 1 for weight in module.parameters(recurse=False)):
             raise BadInput(f"--lora_rank: LoRA adapts nn.Linear layers, but this model's {name} is "
@@ -123,14 +130,17 @@ def merged(model, weights):
     for name, tensor in weights.items():
         owner, _, part = name.rpartition(".")
         layer = layers.get(owner.removesuffix(".base"))
-        if layer and part in ("A", "B"):
+        if layer and part == "codes":  # a 4-bit base's: what it was made from is better
+            part, tensor = "weight", layer.base.stored
+        if layer and part not in ("weight", "bias"):
             continue  # merged into the base's weight
         if layer:
             owner = owner.removesuffix(".base")
             name = f"{owner}.{part}"
         if layer and part == "weight":
             A, B = weights[f"{owner}.A"], weights[f"{owner}.B"]  # (rank, in), (out, rank)
-            tensor = tensor.float() + layer.alpha / layer.rank * B.float() @ A.float()  # (out, in)
+            tensor = tensor.to(A.device, torch.float32)  # (out, in)
+            tensor = tensor + layer.alpha / layer.rank * B.float() @ A.float()  # (out, in)
         yield name, tensor
 
 
