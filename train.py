@@ -241,8 +241,9 @@ def train_student(args, device, dtype):
     place(policy, args, device, dtype, sequence_logps)
     share_prefix = choose_layout(policy, train_pairs + val_pairs, args)
     if args.base_bits:
-        nf4.compare(policy, val_pairs[:16], lambda pair: policy_logps(
-            policy, collate([pair], share_prefix).to(policy.device)))
+        with models.uncompiled(args):
+            nf4.compare(policy, val_pairs[:16], lambda pair: policy_logps(
+                policy, collate([pair], share_prefix).to(policy.device)))
     peaks = StagePeaks(device)
     peaks.end("start")
 

@@ -58,9 +58,8 @@ def quantised(model):
     """The plain model with the decoder's matrices quantised and dequantised, in place."""
     for module in model.base_model.modules():
         if isinstance(module, torch.nn.Linear):
-            layer = nf4.FrozenLinear(module)
-            layer.quantise("cpu")
-            module.weight.data = nf4.dense(layer.parts, module.weight, module.in_features)
+            layer = nf4.FrozenLinear(module, "cpu")
+            module.weight.data = nf4.dense(nf4.parts_of(layer), module.weight, module.in_features)
     return model
 
 

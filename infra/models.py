@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 import infra.distributed as ranks
 from infra.command import BadInput, first_line
+from infra.nf4 import freeze_linears
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOY_STUDENT = os.path.join(ROOT, "toy", "student")
@@ -162,11 +163,13 @@ def fits(model, device):
 
 
 def load_saved(args):
-    """The student in out_dir, on the run's device if it leaves room there."""
+    """The student in out_dir, on the run's device; its weights on the host if they do not fit."""
     student = load_model(args.out_dir, dtype="auto")
     # Wide enough to round nothing, and no wider: in 16 bits it fits where it was trained.
     cast_weights(student, torch.promote_types(student.dtype, getattr(torch, args.dtype)))
-    return student.to(args.device if fits(student, args.device) else "cpu")
+    if not fits(student, args.device):
+        freeze_linears(student)  # so that its weights stay here, and are sent one at a time
+    return student.to(args.device)
 
 
 def tokens_that_fit(model, checkpointing):

@@ -24,8 +24,7 @@ def load_policy(args, dtype):
     saved_dtype = policy.dtype if args.save_dtype == "auto" else getattr(torch, args.save_dtype)
     weights_before = models.sample_weights(dict(policy.named_parameters()))
     if args.base_bits:
-        for layer in nf4.freeze_linears(policy):
-            layer.quantise(args.device)
+        nf4.freeze_linears(policy, args.device)
     if dtype != torch.float32 and policy.dtype != dtype:
         print(f"student: stored in {str(policy.dtype)[6:]}, rounded to {args.dtype} first")
     if dtype != torch.float32 or args.lora_rank or not args.fsdp:

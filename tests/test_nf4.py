@@ -53,13 +53,11 @@ def quantised(weight, bias=None):
     linear.weight.data = weight
     if bias is not None:
         linear.bias.data = bias
-    layer = nf4.FrozenLinear(linear.requires_grad_(False))
-    layer.quantise("cpu")
-    return layer
+    return nf4.FrozenLinear(linear.requires_grad_(False), "cpu")
 
 
 def whole(layer, dtype=torch.float64):
-    return nf4.dense(layer.parts, torch.zeros((), dtype=dtype), layer.in_features)
+    return nf4.dense(nf4.parts_of(layer), torch.zeros((), dtype=dtype), layer.in_features)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -102,7 +100,7 @@ def test_scales_in_8_bits_cost_little_and_a_matrix_takes_4_13_bits_a_weight():
     torch.manual_seed(0)
     weight = 0.02 * torch.randn(64, 4096)
     layer = quantised(weight)
-    size = sum(part.nbytes for part in layer.parts[:3])
+    size = sum(part.nbytes for part in nf4.parts_of(layer)[:3])
     assert 8 * size / weight.numel() == 4 + 8 / 64 + 32 / 4096
     blocks = weight.view(-1, 64)
     largest = blocks.abs().amax(1, keepdim=True)
@@ -140,7 +138,7 @@ def test_nothing_of_the_matrix_is_kept_for_backward():
     x = torch.randn(5, 128, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x)
-    assert {id(part) for part in saved} == {id(part) for part in layer.parts}
+    assert {id(part) for part in saved} == {id(part) for part in nf4.parts_of(layer)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -149,11 +147,11 @@ def test_lora_with_checkpointing_against_plain_linears_on_dequantised_weights(na
     """Log-probabilities and all gradients; in float32 the step from policy to reference is 0."""
     model = tiny_model(name).to(dtype)
     plain = copy.deepcopy(model)
-    layers = nf4.freeze_linears(model)
+    nf4.freeze_linears(model, "cpu")
+    layers = nf4.frozen_layers(model)
     linear = [module for module in plain.base_model.modules()
               if isinstance(module, torch.nn.Linear)]
     for layer, other in zip(layers, linear, strict=True):
-        layer.quantise("cpu")
         other.weight.data = whole(layer, dtype)
     batch, gradients, logps = collate(random_pairs(4)), [], []
     for each in (model, plain):
@@ -180,10 +178,9 @@ def test_lora_with_checkpointing_against_plain_linears_on_dequantised_weights(na
 def test_the_quantised_reference_has_a_name_of_its_own():
     model = load_model(TOY_STUDENT)
     names = [fingerprint(model, "float32")]
-    for layer in nf4.freeze_linears(model):
-        layer.quantise("cpu")
+    nf4.freeze_linears(model, "cpu")
     names.append(fingerprint(model, "float32"))
-    layer.codes[0, 0] += 1
+    nf4.frozen_layers(model)[0].codes[0, 0] += 1
     names.append(fingerprint(model, "float32"))
     assert len({*names}) == 3
 
@@ -212,9 +209,9 @@ def test_the_toy_student_follows_the_whole_base(run_train, rows, tmp_path):
     assert losses[0][-1] < 0.68
     assert losses[0] == pytest.approx(losses[1], abs=0.02) and losses[0] != losses[1]
     base = next(line for line in out.split("\n") if line.startswith("base: "))
-    assert base.startswith("base: 442,368 weights of 28 layers in 5.48 bits each; log-probability")
+    assert base.startswith("base: 442,368 weights in 4 bits; mean log-probability of a token ")
     quantised, stored = (float(base.split(before)[1].split()[0].strip(","))
-                         for before in ("per token ", "as stored "))
+                         for before in ("token ", "as stored "))
     assert 0 < abs(quantised - stored) < 0.05
     # What is saved: an ordinary model, the adapter merged into the weights as they were stored.
     assert "of 542,016 parameters" in out
