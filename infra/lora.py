@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from infra.command import BadInput, first_line
 from infra.models import load_model
-from infra.nf4 import FrozenProduct, parts_of
+from infra.nf4 import FrozenProduct, dense, parts_of
 from infra.rows import read_object
 
 
@@ -103,8 +103,8 @@ def merged(model, weights):
     for name, tensor in weights.items():
         owner, _, part = name.rpartition(".")
         layer = layers.get(owner.removesuffix(".base"))
-        if layer and part == "codes":  # of a 4-bit base: merged into the weight as it was stored
-            part, tensor = "weight", layer.base.weight
+        if layer and part == "codes":  # of a 4-bit base: merged into what it computes with
+            part, tensor = "weight", dense(parts_of(layer.base), layer.A, layer.base.in_features)
         if layer and part not in ("weight", "bias"):
             continue  # merged into the base's weight
         if layer:

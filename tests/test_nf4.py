@@ -3,6 +3,7 @@ import copy
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 
@@ -47,7 +48,7 @@ def rows_to_try():
     return torch.tensor(rows)  # (11, 150)
 
 
-def quantised(weight, bias=None):
+def quantised_matrix(weight, bias=None):
     """A FrozenLinear of a matrix, in 4 bits."""
     linear = torch.nn.Linear(*weight.shape[::-1], bias=bias is not None).to(weight.dtype)
     linear.weight.data = weight
@@ -99,7 +100,7 @@ def test_every_level_and_its_neighbours():
 def test_scales_in_8_bits_cost_little_and_a_matrix_takes_4_13_bits_a_weight():
     torch.manual_seed(0)
     weight = 0.02 * torch.randn(64, 4096)
-    layer = quantised(weight)
+    layer = quantised_matrix(weight)
     size = sum(part.nbytes for part in nf4.parts_of(layer)[:3])
     assert 8 * size / weight.numel() == 4 + 8 / 64 + 32 / 4096
     blocks = weight.view(-1, 64)
@@ -115,7 +116,7 @@ def test_scales_in_8_bits_cost_little_and_a_matrix_takes_4_13_bits_a_weight():
 @pytest.mark.parametrize("width", [128, 150])
 def test_product_and_gradient_against_float64_on_the_dequantised_weight(dtype, bound, width):
     torch.manual_seed(0)
-    layer = quantised(0.05 * torch.randn(40, width), torch.randn(40).to(dtype))
+    layer = quantised_matrix(0.05 * torch.randn(40, width), torch.randn(40).to(dtype))
     x = torch.randn(2, 7, width, dtype=dtype, requires_grad=True)
     factors = torch.randn(2, 7, 40)
     y = layer(x)
@@ -134,7 +135,7 @@ def test_product_and_gradient_against_float64_on_the_dequantised_weight(dtype, b
 
 
 def test_nothing_of_the_matrix_is_kept_for_backward():
-    layer, saved = quantised(0.05 * torch.randn(40, 128)), []
+    layer, saved = quantised_matrix(0.05 * torch.randn(40, 128)), []
     x = torch.randn(5, 128, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x)
@@ -213,13 +214,18 @@ def test_the_toy_student_follows_the_whole_base(run_train, rows, tmp_path):
     quantised, stored = (float(base.split(before)[1].split()[0].strip(","))
                          for before in ("token ", "as stored "))
     assert 0 < abs(quantised - stored) < 0.05
-    # What is saved: an ordinary model, the adapter merged into the weights as they were stored.
+    # What is saved: an ordinary model, the adapter merged into what the quantised base computes.
     assert "of 542,016 parameters" in out
     saved, before = (load_file(os.path.join(folder, "model.safetensors"))
                      for folder in (tmp_path / "4", TOY_STUDENT))
     assert saved.keys() == before.keys()
     name = "model.layers.0.mlp.up_proj.weight"
-    assert 0 < (saved[name].float() - before[name].float()).norm() < 0.05 * before[name].norm()
+    base = whole(quantised_matrix(before[name]), torch.float32)
+    far, near = ((saved[name].float() - other.float()).norm() / base.norm()
+                 for other in (before[name], base))
+    assert 0 < near < 0.02 and 0.07 < far < 0.12, (near, far)
+    margin, trained = re.search(r"as saved: margin (\S+) of (\S+)", out).groups()
+    assert float(margin) == pytest.approx(float(trained), abs=0.02)
     assert torch.equal(saved["model.norm.weight"], before["model.norm.weight"])
 
 
