@@ -229,6 +229,25 @@ def test_the_toy_student_follows_the_whole_base(run_train, rows, tmp_path):
     assert torch.equal(saved["model.norm.weight"], before["model.norm.weight"])
 
 
+@pytest.mark.real
+def test_a_real_student_trains_and_follows_the_whole_base(smollm2, run_train, write_rows, tmp_path):
+    prompts, steps = ("tea", "rain", "chess", "the moon"), {}
+    rows = [{"prompt": f"Write about {prompt}.", "chosen": f"I like {prompt}.",
+             "rejected": f"{prompt} is bad.", "score_chosen": 5, "score_rejected": 1}
+            for prompt in prompts]
+    path, same = write_rows(rows), write_rows(rows, "same.jsonl")
+    for bits in (0, 4):
+        code, _, err = run_train(
+            "--data", path, "--eval_data", same,
+            "--model", smollm2, "--batch_size", 4, "--max_steps", 3, "--lora_rank", 4,
+            "--gradient_checkpointing", "--base_bits", bits, "--save_adapter", "--out_dir",
+            tmp_path / str(bits), "--eval_every", 3)
+        assert code == 0, err
+        steps[bits] = [line["loss"] for line in read_metrics(tmp_path / str(bits))[0]]
+        assert steps[bits][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert steps[4] == pytest.approx(steps[0], abs=0.1) and steps[4][-1] < steps[4][0]
+
+
 def test_a_resumed_run_ends_with_the_same_bits(run_train, rows, tmp_path, monkeypatch):
     def state(name):
         return load_file(tmp_path / name / "state" / "step-00000006" / "model.safetensors")
