@@ -19,7 +19,7 @@ from tqdm import tqdm
 import infra.distributed as ranks  # DDP and FSDP: one rank, 0 of 1, without torchrun
 from data import (collate, count_chosen, count_tokens, epoch_order, load_pairs, micro_batches,
                   prompt_text)
-from infra import checkpoint, models, selfcheck
+from infra import checkpoint, models, nf4, selfcheck
 from infra.card import write_card
 from infra.command import (BadInput, Parser, above_0, at_least, between, number, one_line, path,
                            run, template_kwargs, warn)
@@ -239,6 +239,10 @@ def train_student(args, device, dtype):
     cache = ReferenceCache(args, policy)
     place(policy, args, device, dtype, sequence_logps)
     share_prefix = choose_layout(policy, train_pairs + val_pairs, args)
+    if args.base_bits:
+        with models.uncompiled(args):
+            nf4.compare(policy, val_pairs[:16], lambda pair: policy_logps(
+                policy, collate([pair], share_prefix).to(policy.device)))
     peaks = StagePeaks(device)
     peaks.end("start")
 
@@ -455,6 +459,8 @@ def get_args(argv=None):
     flag("--lora_rank", type=at_least(0), default=0, help="train adapters of this rank, 0: none")
     flag("--lora_alpha", type=above_0(),
          help="scales adapters by alpha / rank (default: 2 * rank, at most 32)")
+    flag("--base_bits", type=int, choices=(0, 4), default=0,
+         help="4: frozen weights in 4 bits (NF4); 0: in --dtype")
     flag("--save_adapter", action="store_true", help="save the adapter in PEFT's format, unmerged")
     # memory and speed: these change the result by rounding at most
     flag("--tokens_per_batch", type=at_least(1),
@@ -486,6 +492,8 @@ def get_args(argv=None):
         raise BadInput("--sft_weight needs --loss rdpo or dpo: the others are imitation already")
     if not args.lora_rank and (args.lora_alpha is not None or args.save_adapter):
         raise BadInput("--lora_alpha and --save_adapter need --lora_rank, such as --lora_rank 16")
+    if args.base_bits and (args.fsdp or not args.lora_rank):
+        raise BadInput("--base_bits needs --lora_rank, such as --lora_rank 16, and no --fsdp")
     if args.fsdp and args.compile:
         raise BadInput("--compile does not work with --fsdp; leave one out")
     if {*map(os.path.realpath, args.data)} & {*map(os.path.realpath, args.eval_data or [])}:

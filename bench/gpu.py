@@ -15,6 +15,8 @@ throughput   optimizer steps of random models with ragged rows. Tokens are those
              step_profile.py), against the dense bfloat16 peak of an H100
 memory       peaks of rows of equal length beside memory.py's predictions, and a card of 24 GB,
              imitated by a limit on what PyTorch may allocate
+4 bits       --base_bits 4 on a card of 24 GB, imitated alike, and a 16-bit base without that limit;
+             NF4's codes beside the CPU's, and how fast a matrix is dequantised
 trl          DPO on the same rows, if --trl_python has TRL: pairs per second and peak memory
 attention    one layer's attention alone, by kernel
 """
@@ -58,14 +60,15 @@ from bench import gpu_checks, memory  # noqa: E402
 from bench.gpu_checks import ragged_pairs  # noqa: E402
 from bench.step_profile import PEAK, Step, count_flops, equal_pairs, make_data, timed  # noqa: E402
 from data import batch_tokens, collate  # noqa: E402
-from infra import checkpoint, models  # noqa: E402
+from infra import checkpoint, models, nf4  # noqa: E402
 from infra.command import first_line  # noqa: E402
 from infra.policy import place  # noqa: E402
 from infra.runlog import StagePeaks  # noqa: E402
 
 SHAPES = memory.SHAPES
 SHAPES["tiny"] = 64, 128, 2, 4, 2, 1024, True
-SECONDS = {"correctness": 15, "throughput": 35, "memory": 60, "trl": 110, "attention": 20}
+SECONDS = {"correctness": 15, "throughput": 35, "memory": 60, "4 bits": 60, "trl": 110,
+           "attention": 20}
 GB = 1e9
 
 # ------------------------------------------------------------------------------ checks and results
@@ -194,11 +197,13 @@ class Case(NamedTuple):
     lora: bool = False
     checkpointing: bool = False
     compile: bool = False
+    bits: int = 0  # --base_bits
     head_power: int = 28  # rdpo.HEAD_BYTES is 2 to this
 
     @property
     def name(self):
         options = [f"head 2^{self.head_power}"] * (self.head_power != 28)
+        options += ["4 bits"] * (self.bits == 4)
         options += ["LoRA"] * self.lora + ["checkpointing"] * self.checkpointing
         options += ["compiled"] * self.compile
         return " ".join([self.shape, *(options or ["full"]), str(self.tokens)])
@@ -206,7 +211,8 @@ class Case(NamedTuple):
     @property
     def flags(self):
         return (["--tokens_per_batch", str(self.tokens)] + ["--lora_rank", "16"] * self.lora
-                + ["--gradient_checkpointing"] * self.checkpointing)
+                + ["--gradient_checkpointing"] * self.checkpointing
+                + ["--base_bits", "4"] * (self.bits == 4))
 
     @property
     def predictable(self):
@@ -232,6 +238,10 @@ LATER_CASES = [Case("1b", 8192, compile=True), Case("8b", 8192, lora=True, compi
                Case("smollm2-135m", 2048), Case("1b", 2048),
                Case("smollm2-135m", 16384), Case("1b", 16384),
                SMALL_CARD]
+FOUR_BITS = [*(Case("solar-10.7b", tokens, 16, lora=True, checkpointing=True, bits=bits)
+               for tokens in (2048, 8192) for bits in (4, 0))]
+TINY_FOUR_BITS = [Case("tiny", 2048, 4, lora=True, checkpointing=True, bits=bits)
+                  for bits in (4, 0)]
 TINY_CASES = [Case("tiny", 2048, 4), Case("tiny", 2048, 4, lora=True, checkpointing=True)]
 
 
@@ -243,6 +253,8 @@ def build(shape, device):
 
 def take(model, case):
     """A Step of a case's model, which gets the adapters and what else the case asks for."""
+    if case.bits:
+        nf4.freeze_linears(model, model.device)
     args = gpu_checks.train_args(model.device, "bfloat16", case.tokens, *case.flags,
                                  *["--compile"] * case.compile)
     place(model, args, model.device, torch.bfloat16, rdpo.sequence_logps)
@@ -256,6 +268,9 @@ def measure_case(bench, case):
         data = case.data((2 if case.lora else 4) * case.pairs)
         flops = count_flops(model, data.pairs)
         step = take(model, case)
+        if case.bits:
+            bench.free()
+            bench.limit_memory(23 * GB)
         figures = speed_of(bench, case, step, data, flops)
         bench.measured[case.name] = figures
         if bench.cuda and case.predictable:
@@ -278,7 +293,7 @@ def speed_of(bench, case, step, data, flops):
     real = sum(batch_tokens(pair, True) for pair in data.pairs)
     computed = sum(collate(batch, True).input_ids.numel() for batch in batches)
     flops *= 4 / 6 if case.lora else 1  # frozen weights: no dW
-    loss = step.backward(parts[0])[0].item()
+    loss = step.backward(parts[0])[0].sum().item()  # of preference and imitation
     bench.expect(math.isfinite(loss), f"loss {loss}")
     figures = {"pairs/s": f"{case.pairs / seconds:.2f}",
                "tokens/s": f"{real / count / seconds:.0f}",
@@ -367,6 +382,30 @@ def check_small_card(bench):
         figures[f"{stage} GB"] = f"{peak:.2f}"
         figures[f"predicted {stage} GB"] = bench.predict(case).result()[stage]
     return figures
+
+
+# ------------------------------------------------------------------------------------------- 4 bits
+
+
+def check_nf4(bench):
+    """The device's NF4 is the CPU's; GB of 16-bit weights dequantised per second."""
+    shape = (64, 256) if bench.tiny else (14336, 4096)  # SOLAR's largest
+    weight = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = nf4.quantise(weight)
+    parts = [*nf4.quantise(weight.to(bench.device)), nf4.TABLE.to(bench.device)]
+    differ = sum((own.cpu() != right).sum().item() for own, right in zip(parts, expected))
+    bench.expect(differ == 0, f"{differ} codes, scales and steps differ")
+    like = torch.zeros((), dtype=torch.bfloat16, device=bench.device)
+
+    def error():
+        return (nf4.dense(parts, like, shape[1]).cpu() - weight).norm() / weight.norm()
+
+    right = error().item()
+    bench.expect(right < 0.1, f"weights are off by {right:.3f}")
+    seconds = min(timed(nf4.dense, parts, like, shape[1]) for _ in range(13))
+    parts[0] = parts[0] << 4 | parts[0] >> 4  # two nibbles exchanged
+    return {"differ": differ, "error": f"{right:.4f}", "dequantise ms": f"{1e3 * seconds:.2f}",
+            "GB/s": f"{2 * weight.numel() / seconds / GB:.0f}"} | bench.control(error() > 0.1)
 
 
 # -------------------------------------------------------------------------------------- beside TRL
@@ -483,6 +522,9 @@ def all_checks(tiny, cuda):
             correct("step-0 gate", checks.check_gate), *modes[2:],
             *speed(TINY_CASES if tiny else FIRST_CASES), Check("trl", "runs", check_trl),
             Check("memory", f"24 GB card, {SMALL_CARD.name}", check_small_card),
+            Check("4 bits", "NF4", check_nf4),
+            *[Check("4 bits", case.name, functools.partial(measure_case, case=case))
+              for case in (TINY_FOUR_BITS if tiny else FOUR_BITS)],
             correct("resume", checks.check_resume), correct("compile", checks.check_compile),
             correct("leaks and syncs", checks.check_leaks),
             correct("fp16 overflow", checks.check_overflow), *speed([] if tiny else LATER_CASES),
@@ -518,7 +560,7 @@ def main(argv=None):
     try:
         if any(check.name.startswith("train.py") for check in checks):
             bench.cpu_runs = gpu_checks.start_cpu_runs(bench)
-        for case in FIRST_CASES + LATER_CASES:  # a prediction takes 20 s
+        for case in FIRST_CASES + FOUR_BITS + LATER_CASES:  # a prediction takes 20 s
             if case.predictable and any(case.name in check.name for check in checks):
                 bench.predict(case)
         for check in checks:

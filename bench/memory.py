@@ -11,7 +11,8 @@ have shapes and no content: every operation reports what it allocates and frees.
     reference   a batch without gradients
     step        forward and backward with the gradients of an earlier micro-batch, then rounding
     export      a student of 16 bits for the host, merged and rounded one weight at a time
-    check       nothing but that student, and a batch
+    check       nothing but that student, and a batch; with --base_bits 4 the student stays on the
+                host, as where its 16 bits do not fit, and sends one matrix at a time
 
 --dtype float32 stands for a CPU, which is its own host; bfloat16 for a GPU. Where PyTorch lacks
 CUDA, "cuda" tensors have no gradients. So a GPU's are on "meta", and attention is CUDA's kernel.
@@ -41,6 +42,7 @@ from infra.checkpoint import student_weights  # noqa: E402
 from infra.command import run  # noqa: E402
 from infra.lora import add_lora, without_lora  # noqa: E402
 from infra.models import checkpoint_layers  # noqa: E402
+from infra.nf4 import freeze_linears, frozen_layers  # noqa: E402
 from infra.rounding import CHUNK, Masters  # noqa: E402
 from rdpo import HEAD_BYTES, plain_sequence_logps, sequence_logps  # noqa: E402
 
@@ -59,6 +61,11 @@ RECIPES = (  # of docs/scale.md
     "--shape 1b --tokens_per_batch 8192",
     "--shape 8b --lora_rank 16 --gradient_checkpointing --tokens_per_batch 2048",
     "--shape 8b --lora_rank 16 --gradient_checkpointing --tokens_per_batch 16384",
+    "--shape 8b --lora_rank 16 --base_bits 4 --gradient_checkpointing --tokens_per_batch 2048",
+    "--shape solar-10.7b --lora_rank 16 --base_bits 4 --gradient_checkpointing "
+    "--tokens_per_batch 2048",
+    "--shape solar-10.7b --lora_rank 16 --base_bits 4 --gradient_checkpointing "
+    "--tokens_per_batch 8192",
     "--shape solar-10.7b --lora_rank 16 --gradient_checkpointing --tokens_per_batch 16384",
     "--shape solar-10.7b --lora_rank 16 --tokens_per_batch 8192",
     "--shape solar-10.7b --fsdp 8 --gradient_checkpointing --tokens_per_batch 8192",
@@ -66,7 +73,8 @@ RECIPES = (  # of docs/scale.md
 CHECKS = [f"--shape smollm2-135m --dtype float32 --tokens_per_batch 512 --prompt_length 256 "
           f"--answer_length 128{more}"
           for more in ("", " --gradient_checkpointing", " --lora_rank 16",
-                       " --lora_rank 16 --gradient_checkpointing")]
+                       " --lora_rank 16 --gradient_checkpointing",
+                       " --lora_rank 16 --base_bits 4 --gradient_checkpointing")]
 
 
 def parse(words):
@@ -75,6 +83,7 @@ def parse(words):
     add = parser.add_argument
     add("--shape", choices=SHAPES, help="the student's shape")
     add("--lora_rank", type=int, default=0, help="0: all weights are trained")
+    add("--base_bits", type=int, choices=(0, 4), default=0, help="4: frozen weights in NF4")
     add("--gradient_checkpointing", action="store_true")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute dtype")
     add("--tokens_per_batch", type=int, default=2048)
@@ -100,6 +109,10 @@ def build(args, device, adapted=True):
     with device:
         model = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, args.dtype), attn_implementation="sdpa").eval()
+    if args.base_bits and (adapted or device.type == "meta"):
+        freeze_linears(model, device if adapted else None)
+        for layer in frozen_layers(model):  # a view of a file: no memory here
+            layer.weight = layer.weight.to("cpu" if device.type == "meta" else "meta")
     if args.lora_rank and adapted:
         add_lora(model, args.lora_rank, 2 * args.lora_rank)
     if args.gradient_checkpointing and adapted:
@@ -305,6 +318,8 @@ def measure(args):
     """Peak resident bytes of a real step on this CPU, in a process of its own."""
     before, pairs = resident("VmRSS"), full_batch(args)
     model = build(args, torch.device("cpu"))
+    with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
+        file.write("5")  # forgets VmHWM: a 4-bit base was made from one that a file would hold
     masters = Masters(model, getattr(torch, args.dtype), seed=0)
     optimizer = torch.optim.AdamW(masters.parameters(), fused=True)
     forward(model, pairs).backward()

@@ -23,8 +23,8 @@ from infra.rows import stream_rows
 
 FLAGS = ("loss", "beta", "tau_temperature", "label_smoothing", "sft_weight", "learning_rate",
          "warmup_ratio", "weight_decay", "max_grad_norm", "epochs", "max_steps", "batch_size",
-         "max_length", "eval_share", "seed", "template_kwargs", "lora_rank", "lora_alpha", "dtype",
-         "save_dtype")
+         "max_length", "eval_share", "seed", "template_kwargs", "lora_rank", "lora_alpha",
+         "base_bits", "dtype", "save_dtype")
 
 CARD = """\
 ---

@@ -22,22 +22,23 @@ from safetensors.torch import load_file, save_file
 
 from infra.command import BadInput, first_line
 from infra.models import load_model
+from infra.nf4 import FrozenProduct, dense, parts_of
 from infra.rows import read_object
 
 
 class LoRALinear(nn.Module):
     """A frozen nn.Linear with an adapter beside it: (..., in) -> (..., out).
 
-    A and B have the base's dtype. In 16 bits they learn from float32 masters: see rounding.py.
+    A and B have the dtype of `like`. In 16 bits they learn from float32 masters: see rounding.py.
     """
 
-    def __init__(self, base, rank, alpha):
+    def __init__(self, base, rank, alpha, like):
         super().__init__()
         self.base, self.rank, self.alpha, self.enabled = base, rank, alpha, True
-        A = torch.empty(rank, base.in_features, device=base.weight.device)
+        A = torch.empty(rank, base.in_features, device=like.device)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as nn.Linear does; the same in every dtype
-        self.A = nn.Parameter(A.to(base.weight.dtype))  # (rank, in)
-        self.B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))  # (out, rank)
+        self.A = nn.Parameter(A.to(like))  # (rank, in)
+        self.B = nn.Parameter(like.new_zeros(base.out_features, rank))  # (out, rank)
 
     def forward(self, x):  # (..., in)
         if not self.enabled:
@@ -45,29 +46,7 @@ class LoRALinear(nn.Module):
         low = self.alpha / self.rank * F.linear(x, self.A)  # (..., rank): scale the narrow side
         if x.dtype == torch.float32:
             return self.base(x) + F.linear(low, self.B)  # (..., out)
-        return RoundedOnce.apply(x, low, self.base.weight, self.base.bias, self.B)  # (..., out)
-
-
-class RoundedOnce(torch.autograd.Function):
-    """x W^T + low B^T + bias in 16 bits, as one product, which sums in float32 and rounds once.
-
-    Two products are rounded twice: x W^T already lies on the 16-bit grid, and what the adapter
-    adds is lost wherever it is less than half a step of that grid. The gradients of x have no such
-    fault: there only the adapter's own share of them is small.
-    """
-
-    @staticmethod
-    def forward(ctx, x, low, weight, bias, B):
-        ctx.save_for_backward(low, weight, B)
-        pad = (0, -low.shape[-1] % 8)  # GPUs want rows of 16 bytes
-        both = torch.cat([x, F.pad(low, pad)], -1)  # (..., in + rank)
-        return F.linear(both, torch.cat([weight, F.pad(B, pad)], 1), bias)  # (..., out)
-
-    @staticmethod
-    def backward(ctx, grad):  # (..., out)
-        low, weight, B = ctx.saved_tensors
-        grad_B = grad.flatten(0, -2).T @ low.flatten(0, -2)  # (out, rank)
-        return grad @ weight, grad @ B, None, None, grad_B
+        return FrozenProduct.apply(x, low, self.base.bias, self.B, *parts_of(self.base))
 
 
 def add_lora(model, rank, alpha):
@@ -83,11 +62,12 @@ def add_lora(model, rank, alpha):
     if rank > most:
         raise BadInput(f"--lora_rank: {rank} is more than the rank of this model's largest layer, "
                        f"{most}; give less")
+    like = model.get_input_embeddings().weight  # codes are of another dtype
     for name, module in list(model.base_model.named_modules()):
         if isinstance(module, nn.Linear):
             parent, _, leaf = name.rpartition(".")
             parent = model.base_model.get_submodule(parent)
-            setattr(parent, leaf, LoRALinear(module, rank, alpha))
+            setattr(parent, leaf, LoRALinear(module, rank, alpha, like))
         elif not isinstance(module, nn.Embedding) and any(
                 weight.dim() > 1 for weight in module.parameters(recurse=False)):
             raise BadInput(f"--lora_rank: LoRA adapts nn.Linear layers, but this model's {name} is "
@@ -123,14 +103,16 @@ def merged(model, weights):
     for name, tensor in weights.items():
         owner, _, part = name.rpartition(".")
         layer = layers.get(owner.removesuffix(".base"))
-        if layer and part in ("A", "B"):
+        if layer and part == "codes":  # of a 4-bit base: merged into what it computes with
+            part, tensor = "weight", dense(parts_of(layer.base), layer.A, layer.base.in_features)
+        if layer and part not in ("weight", "bias"):
             continue  # merged into the base's weight
         if layer:
             owner = owner.removesuffix(".base")
             name = f"{owner}.{part}"
         if layer and part == "weight":
-            A, B = weights[f"{owner}.A"], weights[f"{owner}.B"]  # (rank, in), (out, rank)
-            tensor = tensor.float() + layer.alpha / layer.rank * B.float() @ A.float()  # (out, in)
+            A, B = (weights[f"{owner}.{part}"].float() for part in "AB")  # (rank, in), (out, rank)
+            tensor = tensor.to(A) + layer.alpha / layer.rank * B @ A  # (out, in)
         yield name, tensor
 
 

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 import infra.distributed as ranks
 from infra.command import BadInput, first_line, warn
+from infra.nf4 import freeze_linears
 from infra.rows import read_object
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -179,11 +180,13 @@ def fits(model, device):
 
 
 def load_saved(args):
-    """The student in out_dir, on the run's device if it leaves room there."""
+    """The student in out_dir, on the run's device; its weights on the host if they do not fit."""
     student = load_model(args.out_dir, dtype="auto")
     # Wide enough to round nothing, and no wider: in 16 bits it fits where it was trained.
     cast_weights(student, torch.promote_types(student.dtype, getattr(torch, args.dtype)))
-    return student.to(args.device if fits(student, args.device) else "cpu")
+    if not fits(student, args.device):
+        freeze_linears(student)  # so that its weights stay here, and are sent one at a time
+    return student.to(args.device)
 
 
 def tokens_that_fit(model, checkpointing):

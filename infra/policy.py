@@ -2,7 +2,7 @@
 import torch
 
 import infra.distributed as ranks
-from infra import models
+from infra import models, nf4
 from infra.command import BadInput, warn
 from infra.lora import add_lora
 
@@ -23,6 +23,8 @@ def load_policy(args, dtype):
         warn("--model is a mixture of experts, and the loss has no term that balances their load")
     saved_dtype = policy.dtype if args.save_dtype == "auto" else getattr(torch, args.save_dtype)
     weights_before = models.sample_weights(dict(policy.named_parameters()))
+    if args.base_bits:
+        nf4.freeze_linears(policy, args.device)
     if dtype != torch.float32 and policy.dtype != dtype:
         print(f"student: stored in {str(policy.dtype)[6:]}, rounded to {args.dtype} first")
     if dtype != torch.float32 or args.lora_rank or not args.fsdp:

@@ -7,6 +7,7 @@ import torch
 
 import infra.distributed as ranks
 from infra.models import TOY_STUDENT
+from infra.nf4 import frozen_layers
 
 try:
     import resource
@@ -27,6 +28,7 @@ def print_plan(args, policy, train, val, cache, first_step, total_steps, weights
     saved in: under 16 bits a line has the step of its grid beside the learning rate.
     """
     sizes = [(weight.numel(), weight.requires_grad) for weight in policy.parameters()]
+    sizes += [(layer.weight.numel(), False) for layer in frozen_layers(policy)]
     total, trained = sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if is_trained)
     name = args.model or f"{os.path.relpath(TOY_STUDENT)}, bundled (or --model FOLDER_OR_HUB_ID)"
     if args.lora_rank:

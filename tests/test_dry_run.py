@@ -75,7 +75,8 @@ def check(result, steps):
 
 @pytest.mark.parametrize("flags", [
     "--dtype float16", "--dtype bfloat16 --lora_rank 4",
-    "--dtype bfloat16 --lora_rank 4 --gradient_checkpointing"])
+    "--dtype bfloat16 --lora_rank 4 --gradient_checkpointing",
+    "--dtype bfloat16 --lora_rank 4 --gradient_checkpointing --base_bits 4"])
 def test_training(dry_run, flags):
     check(dry_run(flags.split()), 3)
 

@@ -95,5 +95,6 @@ def test_the_script_passes_on_a_cpu(tmp_path):
     lines = [json.loads(line) for line in
              (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     caught = {line["check"] for line in lines if line.get("control") == "caught"}
-    assert caught == {"masks", "logps", "gradients", "rounding", "step-0 gate"}
-    assert {line["section"] for line in lines} == {"correctness", "throughput", "trl", "memory"}
+    assert caught == {"masks", "logps", "gradients", "rounding", "step-0 gate", "NF4"}
+    assert {line["section"] for line in lines} == {"correctness", "throughput", "trl", "memory",
+                                                     "4 bits"}

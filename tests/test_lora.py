@@ -48,7 +48,7 @@ def logits_of(model):
 def test_forward_and_gradients_equal_the_formula_in_float64():
     torch.manual_seed(0)
     base, x = torch.nn.Linear(7, 5).double(), torch.randn(4, 7, dtype=torch.float64)
-    layer = LoRALinear(base.requires_grad_(False), rank=2, alpha=3).double()
+    layer = LoRALinear(base.requires_grad_(False), 2, 3, base.weight).double()
     torch.nn.init.normal_(layer.B)
     weight = (base.weight + 3 / 2 * layer.B @ layer.A).detach().requires_grad_()
     expected = x @ weight.T + base.bias
@@ -144,7 +144,7 @@ def test_a_16_bit_base_stays_as_it_is_and_adapters_start_alike_in_all_dtypes():
 def test_a_16_bit_adapter_far_below_the_grid_of_the_bases_output_is_not_lost(rank, bias):
     torch.manual_seed(0)
     base = torch.nn.Linear(256, 512, bias=bias).bfloat16().requires_grad_(False)
-    layer = LoRALinear(base, rank, 2 * rank)
+    layer = LoRALinear(base, rank, 2 * rank, base.weight)
     torch.nn.init.normal_(layer.B, std=2e-4)
     x = torch.randn(4, 50, 256).bfloat16().requires_grad_()
     with torch.no_grad():

@@ -68,6 +68,17 @@ def test_adapters_leave_nothing_behind():
     assert stages["check"] == about(2 * PARAMETERS + 8 * LOGITS)
 
 
+def test_a_base_in_4_bits_takes_a_quarter_and_is_checked_from_the_host():
+    wide, parts_16 = simulate("--lora_rank 2 --gradient_checkpointing")
+    stages, parts = simulate("--lora_rank 2 --gradient_checkpointing --base_bits 4")
+    linear = LAYER - 2 * D
+    # Rows of 16 and 32 weights are padded to a block of 64: 32 bytes, a scale and a step each.
+    rows = 2 * D + 2 * D // 2 + 2 * 32 + D
+    table = 7 * 4 * 512
+    assert parts_16["weights"] - parts["weights"] == 2 * linear - 37 * rows - table
+    assert wide["check"] - stages["check"] == pytest.approx(2 * linear, abs=2 * 2 * D * D)
+
+
 def test_fsdp_divides_what_it_keeps():
     stages, parts = simulate("--fsdp 4")
     assert [parts[name] for name in ("weights", "gradients", "optimizer")] == [
