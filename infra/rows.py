@@ -236,19 +236,26 @@ def check_input(row, where):
     if before and prompt[:len(before)] != before:
         raise BadInput(f"{where}: `system` or `history` cannot be put before the prompt; give the "
                        "whole conversation as `prompt`, and take these keys out")
-    told = "\n".join(str(turn.get("content")) for turn in prompt if isinstance(turn, dict))
-    for name, value in row.items():
-        chat, is_read = as_chat(value), name not in ("instruction", "query", "input")
-        if name in CHATS and is_chat(chat):  # it may end with an answer
-            chat = chat[:-1] if chat[-1]["role"] == "assistant" else chat
-            is_read = not chat or joined(row.get("prompt"), chat) == row.get("prompt")
-        elif IN_ROW.fullmatch(name):
-            is_read = value in EMPTY
-        elif name == "question" and {"instruction", "query"} & row.keys() or not is_read:
-            is_read = not is_text(value) or value.strip() in told
-        if not is_read:
+    for name in row:
+        if not in_prompt(name, row):
             raise BadInput(f"{where}: `{name}` changes what a model reads, and is not read here; "
                            "put its text into `prompt`, or take the key out")
+
+
+def in_prompt(name, row):
+    """Whether the prompt of a row holds all that this key of the row may tell the model."""
+    value, prompt = row[name], row.get("prompt")
+    if name in CHATS and is_chat(chat := as_chat(value)):
+        asked = chat[:-1] if chat[-1]["role"] == "assistant" else chat
+        return not asked or joined(prompt, asked) == prompt
+    if IN_ROW.fullmatch(name):
+        return value in EMPTY
+    # `question` beside a `prompt` is what the judge sees.
+    is_part = name in ("instruction", "query", "input") or (
+        name == "question" and {"instruction", "query"} & row.keys())
+    told = "\n".join(str(turn.get("content")) for turn in as_messages(prompt)
+                     if isinstance(turn, dict))
+    return not is_part or not is_text(value) or value.strip() in told
 
 
 def check_prompt(row, where):
