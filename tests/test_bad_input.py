@@ -328,6 +328,7 @@ BAD_VALUES = {
     **dict.fromkeys(("max_length", "epochs", "max_steps", "batch_size", "tokens_per_batch",
                      "eval_every", "save_every", "max_new_tokens"), (*WHOLE, 0)),
     **dict.fromkeys(("seed", "lora_rank"), WHOLE),
+    "base_bits": (*WHOLE, 8),
     **dict.fromkeys(("beta", "tau_temperature", "max_grad_norm", "lora_alpha"), (*REAL, 0, -1)),
     **dict.fromkeys(("sft_weight", "learning_rate", "weight_decay"), (*REAL, -1)),
     **dict.fromkeys(("eval_share", "warmup_ratio"), (*REAL, -0.1, 1.1)),
@@ -345,7 +346,7 @@ def test_every_flag_refuses_values_out_of_its_range(run_train):
 
 @pytest.mark.parametrize("flags", [
     ["--label_smoothing", 0.1], ["--lora_alpha", 8], ["--save_adapter"], ["--fsdp", "--compile"],
-    ["--fsdp"], ["--betta", 1], ["--tau_temperature", 2, "--loss", "dpo"],
+    ["--fsdp"], ["--base_bits", 4], ["--betta", 1], ["--tau_temperature", 2, "--loss", "dpo"],
     ["--sft_weight", 0.1, "--loss", "dsc"]], ids=str)
 def test_flags_that_do_not_go_together(run_train, flags):
     assert_one_line(run_train("--data", "rows.jsonl", *flags), flags[0])
