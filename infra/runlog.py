@@ -49,8 +49,7 @@ def print_plan(args, policy, train, val, cache, first_step, total_steps, weights
         step = torch.finfo(dtype).eps * 2 ** math.floor(math.log2(typical))
         updates = step / args.learning_rate if args.learning_rate else math.inf
         print(f"grid: near a typical weight, {typical:.2g}, {str(dtype)[6:]} has steps of "
-              f"{step:.2g}: {updates:{'.0f' if updates >= 10 else '.2g'}} updates at this learning "
-              "rate")
+              f"{step:.2g}: {updates:{'.0f' if updates >= 10 else '.2g'}} updates at this rate")
     print("\n" + TABLE_HEAD)
 
 

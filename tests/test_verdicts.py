@@ -345,7 +345,7 @@ def test_a_reply_that_is_not_finished_has_no_verdict(finish, wanted):
 def test_time_is_linear_in_the_text(text):
     start = time.process_time()  # other processes do not count
     parse_verdict(text, FIVE)
-    assert time.process_time() - start < 1, text[:40]
+    assert time.process_time() - start < 5, text[:40]  # about 1 s; quadratic, it takes hours
 
 
 DEGENERATE = [" ", "\t", "\n", "*", "~", "(", "[", "{", "<", '"', "|", "-", "4 ", "is ", "so ",
