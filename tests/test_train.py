@@ -282,7 +282,8 @@ def test_the_saved_student_is_asked_as_it_was_trained(
         tmp_path / "eval")
     assert code == 0, err
     answers = read_lines(tmp_path / "eval" / "answers.jsonl")
-    ids = {row["answered_by"]: row["prompt_ids"] for row in answers if row["row"] == toy_rows[0]["id"]}
+    ids = {row["answered_by"]: row["prompt_ids"] for row in answers
+           if row["row"] == toy_rows[0]["id"]}
     assert len(ids) == 2 and len(set(map(tuple, ids.values()))) == 1
 
 
