@@ -119,11 +119,16 @@ class Adapter(HTTPAdapter):
 
 
 class PerThread(threading.local):
-    def __init__(self):
+    def __init__(self, url, key):
         self.adapter, self.session = Adapter(), requests.Session()  # keeps a connection open
         self.session.mount("http://", self.adapter)
         self.session.mount("https://", self.adapter)
+        # Proxies and certificates: requests would search the environment at each request.
+        settings = self.session.merge_environment_settings(url, {}, True, None, None)
+        vars(self.session).update(settings, trust_env=False)  # nor is ~/.netrc read
         self.session.headers["Accept-Encoding"] = "identity"  # a small one can unpack to gigabytes
+        if key:
+            self.session.headers["Authorization"] = f"Bearer {key}"
         # A redirect would carry the text to another host.
         self.session.get_redirect_target = lambda response: None
 
@@ -151,19 +156,14 @@ class Client:
             rf"(?:\\{{0,3}}{re.escape(c)}|\\{{1,3}}u00(?i:{ord(c):02x}))" for c in self.key))
         self.timeout, self.retries = args.timeout, args.retries
         self.extra_body = args.extra_body
-        self.threads, self.lock, self.counts = PerThread(), threading.Lock(), Counter()
+        self.threads = PerThread(self.base_url, self.key)
+        self.lock, self.counts = threading.Lock(), Counter()
         # What this server does not take, as in refusals.OPTIONAL
         self.refused = dict.fromkeys(("logprobs", "top_logprobs")) if args.no_logprobs else {}
 
     def count(self, **numbers):
         with self.lock:
             self.counts.update(numbers)
-
-    def authorize(self, request):
-        """Add the key. As the session's `auth`, this also keeps requests from reading ~/.netrc."""
-        if self.key:
-            request.headers["Authorization"] = f"Bearer {self.key}"
-        return request
 
     def post(self, url, body, read):
         """Send `body` and return read(the JSON reply). Retry with growing waits after failures.
@@ -237,9 +237,8 @@ class Client:
         timer = threading.Timer(self.timeout, self.threads.adapter.hang_up)
         timer.start()
         try:
-            with self.threads.session.post(url, json=body, auth=self.authorize, stream=True,
-                                           timeout=(min(10, self.timeout), self.timeout)
-                                           ) as response:
+            with self.threads.session.post(
+                    url, json=body, timeout=(min(10, self.timeout), self.timeout)) as response:
                 if response.headers.get("Content-Encoding", "identity") != "identity":
                     raise NoReply("it is compressed, which was not asked for")
                 for chunk in response.iter_content(2**16):

@@ -253,9 +253,11 @@ def in_prompt(name, row):
     # `question` beside a `prompt` is what the judge sees.
     is_part = name in ("instruction", "query", "input") or (
         name == "question" and {"instruction", "query"} & row.keys())
+    if not is_part or not is_text(value):
+        return True
     told = "\n".join(str(turn.get("content")) for turn in as_messages(prompt)
                      if isinstance(turn, dict))
-    return not is_part or not is_text(value) or value.strip() in told
+    return value.strip() in told
 
 
 def check_prompt(row, where):
