@@ -6,9 +6,9 @@ A row is a JSON object that grows from stage to stage of the pipeline:
     synthetic.jsonl   + "rejected": the original y_o, "critique", "chosen": the revision y_r
     scored.jsonl      + "score_rejected": s_o, "score_chosen": s_r; or "tau" itself
 
-    row -> prompt_text, answer_text    the chat template
+    row -> prompt_text, answer_text    the chat template, in infra/templates.py
         -> Pair                        token ids, cut to max_length
-        -> micro_batches, collate      Batch: tensors, whose rows are rows of tokens
+        -> collate                     Batch: tensors, whose rows are rows of tokens
 
 Skip infra/ on a first reading.
 
@@ -16,11 +16,9 @@ Skip infra/ on a first reading.
     python data.py scored.jsonl --label labels.jsonl      label pairs; --calibrate: T from labels
     python data.py --task tasks/safety.toml --out prompts.jsonl      fetch a behaviour's prompts
 """
-import contextlib
 import dataclasses
 import json
 import math
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,55 +36,11 @@ from infra.report import show_report
 from infra.rows import (RowCounts, check_judges, check_pair, has_tau, is_cut, judge_of,
                         stream_rows, weight_of)
 from infra.split import split_train_val
-from infra.templates import cut_left, end_of_turn, refuse_control_tokens, render, template_note
+from infra.templates import (answer_text, cut_left, prompt_text, refuse_control_tokens,
+                             template_note)
 from rdpo import score_gap
 
 # ---------------------------------------------------------------------------------- text to tokens
-
-
-def prompt_text(tokenizer, prompt):
-    """The text the model reads before it answers: chat template, or `<bos>prompt` + empty line."""
-    if tokenizer.chat_template:
-        return render(tokenizer, as_messages(prompt), ask=True)
-    ids = tokenizer("").input_ids  # holds bos if this tokenizer starts every text with it
-    bos = tokenizer.bos_token if ids and ids[0] == tokenizer.bos_token_id else ""
-    return bos + prompt + "\n\n"
-
-
-def answer_text(tokenizer, prompt, before, answer):
-    """The text that follows prompt_text (`before`): the answer and the end of its turn.
-
-    A template may write something before the answer, or shape its thoughts. Whatever it writes
-    behind the end of the turn is no part of the answer.
-    """
-    end, text = end_of_turn(tokenizer), answer.rstrip()
-    if tokenizer.chat_template:
-        turn, ended, _ = finished_turn(tokenizer, prompt, before, answer).partition(end)
-        turn = turn if ended else turn.rstrip()
-        *thoughts, said = re.split("</?think>", answer)
-        opened = (before + turn).count("<think>") - before.count("<think>")
-        # Some templates render a finished turn differently: then the answer stays as it is.
-        if turn.rstrip().endswith(said.strip()) and opened <= 1 and all(
-                thought.strip() in turn for thought in thoughts):
-            text = turn
-        elif before.rstrip().endswith("<think>"):  # the prompt has opened the thoughts already
-            text = text.lstrip().removeprefix("<think>").lstrip()
-    return text + end
-
-
-def finished_turn(tokenizer, prompt, before, answer):
-    """What the chat template writes behind `before` if the answer is there; "" if it changes that.
-
-    Mistral's leaves out a system message then. The turn is the same after another question.
-    """
-    said = {"role": "assistant", "content": answer}
-    for messages in (as_messages(prompt), as_messages("Hi.")):
-        with contextlib.suppress(TemplateError):
-            asked = before if messages == as_messages(prompt) else render(tokenizer, messages, True)
-            whole = render(tokenizer, [*messages, said])
-            if whole.startswith(asked):
-                return whole.removeprefix(asked)
-    return ""
 
 
 def token_ids(tokenizer, text):
@@ -331,33 +285,6 @@ def count_tokens(pairs):
     return sum(len(pair.prompt_ids) + len(ids) for pair in pairs for ids in pair.answers)
 
 
-def micro_batches(pairs, indices, tokens_per_batch, share_prefix, rank=0, world_size=1):
-    """Split the pairs at `indices` into one rank's micro-batches: lists of indices.
-
-    A micro-batch holds pairs of similar length, at most tokens_per_batch tokens (one answer per
-    row: with their padding); a longer pair gets one of its own. Ranks take turns by length, so
-    that each gets its share of long pairs. All ranks get the same number of micro-batches: under
-    FSDP every forward pass needs all ranks, or they wait forever. A rank with fewer gets empty
-    ones at the end.
-    """
-    def size(i):
-        return batch_tokens(pairs[i], share_prefix)
-
-    by_length = sorted(indices, key=lambda i: (size(i), i))
-    of_ranks = [[] for _ in range(world_size)]
-    for r, batches in enumerate(of_ranks):
-        for i in by_length[r::world_size]:
-            more = [*batches[-1], i] if batches else []
-            # With one answer per row all are padded to the newest, which is the longest.
-            tokens = sum(map(size, more)) if share_prefix else size(i) * len(more)
-            if batches and tokens <= tokens_per_batch:
-                batches[-1].append(i)
-            else:
-                batches.append([i])
-    most = max(map(len, of_ranks))
-    return of_ranks[rank] + [[]] * (most - len(of_ranks[rank]))
-
-
 # ------------------------------------------------------------------------------------- the command
 
 
@@ -401,7 +328,7 @@ def main(argv=None):
         check_judges(pairs)
     except BadInput as error:
         print(f"\nwith --loss rdpo or dsc train.py would stop at {error}")
-    note = template_note(tokenizer, pairs[0].prompt, prompt_text(tokenizer, pairs[0].prompt))
+    note = template_note(tokenizer, pairs[0].prompt)
     if note:
         print("\n" + note)
 

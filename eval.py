@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import collate, encode_prompt, load_pairs, micro_batches
+from data import collate, encode_prompt, load_pairs
 from infra.client import Client, add_client_flags
 from infra.command import BadInput, Parser, at_least, one_line, run
 from infra.distributed import best_device
@@ -37,7 +37,7 @@ from infra.formats import as_messages
 from infra.generate import Answer, fault, generate
 from infra.intervals import cell, equal_length, mean, ratio
 from infra.models import TOY_STUDENT, check_ids, load_model, load_tokenizer, position_limit
-from infra.packing import longest_row
+from infra.packing import longest_row, micro_batches
 from infra.paragraphs import load_paragraphs
 from infra.plots import draw_curves
 from infra.reference import fingerprint

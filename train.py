@@ -17,13 +17,13 @@ import torch
 from tqdm import tqdm
 
 import infra.distributed as ranks  # DDP and FSDP: one rank, 0 of 1, without torchrun
-from data import (collate, count_chosen, count_tokens, epoch_order, load_pairs, micro_batches,
-                  prompt_text)
+from data import collate, count_chosen, count_tokens, epoch_order, load_pairs
 from infra import checkpoint, models, nf4, selfcheck
 from infra.card import write_card
-from infra.command import (BadInput, Parser, above_0, at_least, between, number, one_line, path,
-                           run, template_kwargs, warn)
+from infra.command import (BadInput, Parser, above_0, at_least, between, number, path, run,
+                           template_kwargs, warn)
 from infra.lora import without_lora
+from infra.packing import micro_batches
 from infra.plots import NO_CURVES, draw_curves, have_matplotlib, read_metrics
 from infra.policy import load_policy, place
 from infra.reference import ReferenceCache
@@ -31,7 +31,7 @@ from infra.rounding import Masters
 from infra.rows import check_judges
 from infra.runlog import (TABLE_HEAD, StagePeaks, compile_note, peak_memory_mib, print_parts,
                           print_plan, table_line)
-from infra.split import split_train_val
+from infra.split import parts_of, split_train_val
 from infra.templates import pin_date, template_note
 from rdpo import LOSSES, judged_tau, plain_sequence_logps, rdpo_loss, sequence_logps
 from sample import sample_answers, sample_rows, show_answers
@@ -155,7 +155,8 @@ def evaluate(policy, data, args):
 
     The names begin with eval/, those of a part with eval/PART/. Each pair is evaluated once.
     """
-    parts = parts_of(data, by_file=len(args.eval_data or []) > 1)
+    by_file = len(args.eval_data or []) > 1
+    parts = {name: data.part(own) for name, own in parts_of(data.pairs, by_file).items()}
     found = {name: forward_all(policy, part, args, whole=data) for name, part in parts.items()}
     losses, pairs, values = zip(*found.values())
     values = {name: torch.cat([each[name] for each in values]) for name in values[0]}
@@ -167,16 +168,6 @@ def evaluate(policy, data, args):
         metrics |= {f"eval/{part}/{name}": mean
                     for name, mean in mean_metrics(losses / share, of_part).items()}
     return metrics, sum(pairs, []), values
-
-
-def parts_of(data, by_file):
-    """{name: Dataset of its pairs}: the parts that are evaluated apart, behaviours or files."""
-    paths, indices = {pair.path for pair in data.pairs}, {}
-    short = len({*map(os.path.basename, paths)}) == len(paths)
-    for i, pair in enumerate(data.pairs):
-        file = os.path.basename(pair.path) if short else pair.path
-        indices.setdefault(one_line(file if by_file else pair.behaviour) or "other", []).append(i)
-    return {name: data.part(own) for name, own in indices.items()}
 
 
 # ---------------------------------------------------------------------------------- the reference
@@ -204,14 +195,21 @@ def make_dataset(policy, pairs, share_prefix, cache, args):
                    torch.tensor([pair.weight for pair in pairs]))
 
 
-def choose_layout(policy, pairs, args):
-    """Whether one row of tokens can hold whole pairs: see selfcheck.can_share_prefix."""
+def choose_layout(policy, train_pairs, val_pairs, args):
+    """Whether one row of tokens can hold whole pairs: see selfcheck.can_share_prefix.
+
+    With --base_bits it also prints how far the 4-bit base is from the stored one: nf4.compare.
+    """
     def fast_logps(tried, share_prefix):
         batch = collate(tried, share_prefix, rows=[[*range(len(tried))]])
         return policy_logps(policy, batch.to(policy.device))
 
     with models.uncompiled(args):
-        return selfcheck.can_share_prefix(policy, pairs, args, fast_logps, plain_sequence_logps)
+        share_prefix = selfcheck.can_share_prefix(policy, train_pairs + val_pairs, args, fast_logps,
+                                                  plain_sequence_logps)
+        if args.base_bits:
+            nf4.compare(policy, val_pairs[:16], lambda pair: fast_logps([pair], share_prefix))
+    return share_prefix
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -238,11 +236,7 @@ def train_student(args, device, dtype):
     policy, saved_dtype, weights_before = load_policy(args, dtype)
     cache = ReferenceCache(args, policy)
     place(policy, args, device, dtype, sequence_logps)
-    share_prefix = choose_layout(policy, train_pairs + val_pairs, args)
-    if args.base_bits:
-        with models.uncompiled(args):
-            nf4.compare(policy, val_pairs[:16], lambda pair: policy_logps(
-                policy, collate([pair], share_prefix).to(policy.device)))
+    share_prefix = choose_layout(policy, train_pairs, val_pairs, args)
     peaks = StagePeaks(device)
     peaks.end("start")
 
@@ -324,7 +318,6 @@ def train_student(args, device, dtype):
                 print(table_line(done, metrics, val_metrics))
         stop = ranks.maximum(stop_signal.number)  # a signal to one rank stops all
         if done % args.save_every == 0 or done == total_steps or stop:
-            # With the loss of the latest evaluation.
             selfcheck.check_student(done, masters, val_metrics["eval/loss"], states.folder)
             states.save(done)
         if stop:
@@ -399,7 +392,7 @@ def load_train_val(args, tokenizer):
     if not pairs or not val_pairs:
         raise BadInput(f"--data: {len(pairs)} pairs to train on and {len(val_pairs)} for "
                        "validation; give more rows, or --eval_data")
-    note = template_note(tokenizer, pairs[0].prompt, prompt_text(tokenizer, pairs[0].prompt))
+    note = template_note(tokenizer, pairs[0].prompt)
     if note:
         print(note)
     if args.loss == "rdpo" and all(pair.lean == 0 for pair in pairs):

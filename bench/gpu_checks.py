@@ -31,9 +31,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 import rdpo
 import train
 from bench.step_profile import ROOT, Step, make_data
-from data import Pair, collate, micro_batches
+from data import Pair, collate
 from infra import models, rounding
 from infra.command import BadInput
+from infra.packing import micro_batches
 from infra.lora import add_lora
 from infra.runlog import compile_note
 

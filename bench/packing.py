@@ -9,9 +9,9 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from data import batch_tokens, epoch_order, load_pairs, micro_batches  # noqa: E402
+from data import batch_tokens, epoch_order, load_pairs  # noqa: E402
 from infra.models import load_tokenizer  # noqa: E402
-from infra.packing import pack  # noqa: E402
+from infra.packing import micro_batches, pack  # noqa: E402
 
 EPOCHS = 2
 parser = argparse.ArgumentParser(description="Real over computed tokens.")

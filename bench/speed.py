@@ -182,7 +182,8 @@ import resource, sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, sys.argv[1])
-from data import Pair, collate, micro_batches
+from data import Pair, collate
+from infra.packing import micro_batches
 from rdpo import sequence_logps
 torch.manual_seed(0)
 model = LlamaForCausalLM(LlamaConfig(

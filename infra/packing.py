@@ -41,3 +41,30 @@ def pack(sizes):
 
     fewest = math.ceil(sum(sizes) / (4 * max(sizes)))
     return min(map(rows_of, range(fewest, len(sizes) + 1)))[1]
+
+
+def micro_batches(pairs, indices, tokens_per_batch, share_prefix, rank=0, world_size=1):
+    """Split the pairs at `indices` into one rank's micro-batches: lists of indices.
+
+    A micro-batch holds pairs of similar length, at most tokens_per_batch tokens (one answer per
+    row: with their padding); a longer pair gets one of its own. Ranks take turns by length, so
+    that each gets its share of long pairs. All ranks get the same number of micro-batches: under
+    FSDP every forward pass needs all ranks, or they wait forever. A rank with fewer gets empty
+    ones at the end.
+    """
+    def size(i):
+        return batch_tokens(pairs[i], share_prefix)
+
+    by_length = sorted(indices, key=lambda i: (size(i), i))
+    of_ranks = [[] for _ in range(world_size)]
+    for r, batches in enumerate(of_ranks):
+        for i in by_length[r::world_size]:
+            more = [*batches[-1], i] if batches else []
+            # With one answer per row all are padded to the newest, which is the longest.
+            tokens = sum(map(size, more)) if share_prefix else size(i) * len(more)
+            if batches and tokens <= tokens_per_batch:
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+    most = max(map(len, of_ranks))
+    return of_ranks[rank] + [[]] * (most - len(of_ranks[rank]))

@@ -1,7 +1,10 @@
 """The split of pairs into training and validation: what belongs together stays together."""
 import math
+import os
 
 import numpy as np
+
+from infra.command import one_line
 
 
 def split_train_val(pairs, share, seed, at_most=256):
@@ -34,3 +37,13 @@ def families(items):
         for other in others:
             parent[root(other)] = root(first)
     return [root(first) for first, *_ in items]
+
+
+def parts_of(pairs, by_file):
+    """{name: indices}: the parts that are evaluated apart, behaviours or files of the pairs."""
+    paths, indices = {pair.path for pair in pairs}, {}
+    short = len({*map(os.path.basename, paths)}) == len(paths)
+    for i, pair in enumerate(pairs):
+        file = os.path.basename(pair.path) if short else pair.path
+        indices.setdefault(one_line(file if by_file else pair.behaviour) or "other", []).append(i)
+    return indices

@@ -1,4 +1,5 @@
 """What chat templates and tokenizers do to text that training must know of."""
+import contextlib
 import datetime
 import functools
 import json
@@ -9,7 +10,6 @@ from jinja2 import TemplateError
 
 from infra.command import BadInput
 from infra.formats import as_messages
-
 
 MARK = "\ue000"  # a character in the place of a text; no template changes it
 
@@ -90,15 +90,59 @@ def cut_left(tokenizer, prompt_ids, keep):
     return bos + prompt_ids[len(prompt_ids) - keep + len(bos):]
 
 
-def template_note(tokenizer, prompt, before):
+def prompt_text(tokenizer, prompt):
+    """The text the model reads before it answers: chat template, or `<bos>prompt` + empty line."""
+    if tokenizer.chat_template:
+        return render(tokenizer, as_messages(prompt), ask=True)
+    ids = tokenizer("").input_ids  # holds bos if this tokenizer starts every text with it
+    bos = tokenizer.bos_token if ids and ids[0] == tokenizer.bos_token_id else ""
+    return bos + prompt + "\n\n"
+
+
+def answer_text(tokenizer, prompt, before, answer):
+    """The text that follows prompt_text (`before`): the answer and the end of its turn.
+
+    A template may write something before the answer, or shape its thoughts. Whatever it writes
+    behind the end of the turn is no part of the answer.
+    """
+    end, text = end_of_turn(tokenizer), answer.rstrip()
+    if tokenizer.chat_template:
+        turn, ended, _ = finished_turn(tokenizer, prompt, before, answer).partition(end)
+        turn = turn if ended else turn.rstrip()
+        *thoughts, said = re.split("</?think>", answer)
+        opened = (before + turn).count("<think>") - before.count("<think>")
+        # Some templates render a finished turn differently: then the answer stays as it is.
+        if turn.rstrip().endswith(said.strip()) and opened <= 1 and all(
+                thought.strip() in turn for thought in thoughts):
+            text = turn
+        elif before.rstrip().endswith("<think>"):  # the prompt has opened the thoughts already
+            text = text.lstrip().removeprefix("<think>").lstrip()
+    return text + end
+
+
+def finished_turn(tokenizer, prompt, before, answer):
+    """What the chat template writes behind `before` if the answer is there; "" if it changes that.
+
+    Mistral's leaves out a system message then. The turn is the same after another question.
+    """
+    said = {"role": "assistant", "content": answer}
+    for messages in (as_messages(prompt), as_messages("Hi.")):
+        with contextlib.suppress(TemplateError):
+            asked = before if messages == as_messages(prompt) else render(tokenizer, messages, True)
+            whole = render(tokenizer, [*messages, said])
+            if whole.startswith(asked):
+                return whole.removeprefix(asked)
+    return ""
+
+
+def template_note(tokenizer, prompt):
     """A line about a chat template that renders an answer otherwise than it asks for one, or "".
 
     Thinking templates do: a finished answer gets an empty block that the student learns to write.
-    `before` is data.prompt_text of the prompt.
     """
     if not tokenizer.chat_template:
         return "template: the tokenizer has none; an empty line ends a prompt, eos an answer"
-    answer = "An answer."
+    answer, before = "An answer.", prompt_text(tokenizer, prompt)
     whole = render(tokenizer, as_messages(prompt) + [{"role": "assistant", "content": answer}])
     same = len(os.path.commonprefix([before, whole]))
     asked, rendered = before[same:], whole[same:].partition(answer)[0]

@@ -12,13 +12,12 @@ import torch
 from conftest import ROOT, random_pairs, read_metrics
 
 import data
-from data import (Pair, batch_tokens, collate, encode_pair, epoch_order, load_pairs, micro_batches,
-                  truncate)
+from data import (Pair, batch_tokens, collate, encode_pair, epoch_order, load_pairs, truncate)
 from infra import packing
 from infra.command import BadInput
 from infra.formats import canonical
 from infra.models import load_tokenizer
-from infra.packing import pack
+from infra.packing import micro_batches, pack
 from infra.rows import (RowCounts, check_judges, check_pair, check_prompt, read_rows,
                         stream_rows)
 from infra.templates import control_tokens, end_of_turn
@@ -323,13 +322,13 @@ def test_template_kwargs_become_defaults_that_a_saved_tokenizer_keeps(tokenizer,
     thinking = load_tokenizer(str(tmp_path))
     assert data.prompt_text(thinking, "Hi.") == asked
     assert answered(thinking, "Hi.", "Yes.") == EMPTY_BLOCK + "Yes.<|im_end|>"
-    assert repr(EMPTY_BLOCK) in data.template_note(thinking, "Hi.", asked)
+    assert repr(EMPTY_BLOCK) in data.template_note(thinking, "Hi.")
 
     load_tokenizer(str(tmp_path), {"enable_thinking": False}).save_pretrained(tmp_path / "saved")
     without = load_tokenizer(str(tmp_path / "saved"))
     assert data.prompt_text(without, "Hi.") == asked + EMPTY_BLOCK
     assert answered(without, "Hi.", "Yes.") == "Yes.<|im_end|>"
-    assert data.template_note(without, "Hi.", asked + EMPTY_BLOCK) == ""
+    assert data.template_note(without, "Hi.") == ""
     messages = [{"role": "user", "content": "Hi."}]  # whoever asks may still choose
     assert without.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
                                        enable_thinking=True) == asked
@@ -344,15 +343,15 @@ def test_template_kwargs_become_defaults_that_a_saved_tokenizer_keeps(tokenizer,
 @pytest.mark.parametrize("template", [CHATML, TRIMMING, CLOSING, NO_END])
 def test_templates_that_ask_as_they_render_have_no_note(tokenizer, template):
     tokenizer.chat_template = template
-    assert data.template_note(tokenizer, "Hi.", data.prompt_text(tokenizer, "Hi.")) == ""
+    assert data.template_note(tokenizer, "Hi.") == ""
     tokenizer.chat_template = None
-    assert "an empty line ends a prompt" in data.template_note(tokenizer, "Hi.", "Hi.\n\n")
+    assert "an empty line ends a prompt" in data.template_note(tokenizer, "Hi.")
 
 
 def test_template_that_opens_a_block_only_when_it_asks_is_named(tokenizer):
     tokenizer.chat_template = THINKING
     assert "writes '' before a finished answer, and '<think>\\n' when" in data.template_note(
-        tokenizer, "Hi.", data.prompt_text(tokenizer, "Hi."))
+        tokenizer, "Hi.")
 
 
 def test_prompt_bos_is_the_templates_and_never_doubled(tokenizer):

@@ -24,11 +24,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 import eval as evaluation
 import rdpo
 import train
-from data import batch_tokens, collate, count_chosen, epoch_order, load_pairs, micro_batches
+from data import batch_tokens, collate, count_chosen, epoch_order, load_pairs
 from infra import models
 from infra.command import BadInput
 from infra.models import TOY_STUDENT
-from infra.packing import longest_row
+from infra.packing import longest_row, micro_batches
 from infra.reference import ReferenceCache, keys_of
 from infra.runlog import compile_note
 from infra.selfcheck import check_equal
@@ -421,7 +421,7 @@ def test_dsc_trains_on_accepted_revisions_only(toy_rows, write_rows, toy_tokeniz
 
 @pytest.mark.parametrize("name", ["llama", "mistral_window", "gemma2", "gpt2"])
 def test_layout_is_shared_where_both_ways_agree(name, capsys):
-    assert train.choose_layout(tiny_model(name), random_pairs(12), args_for()) is True
+    assert train.choose_layout(tiny_model(name), random_pairs(12), [], args_for()) is True
     assert capsys.readouterr().out == ""
 
 
@@ -432,7 +432,7 @@ def test_layout_is_shared_where_both_ways_agree(name, capsys):
                     attention_types=[[["global", "local"], 1]]))])
 def test_layout_is_one_answer_a_row_where_they_do_not(name, config, monkeypatch, capsys):
     monkeypatch.setitem(ARCHITECTURES, name, build(name, bos_token_id=0, eos_token_id=1, **config))
-    assert train.choose_layout(tiny_model(name), random_pairs(12), args_for()) is False
+    assert train.choose_layout(tiny_model(name), random_pairs(12), [], args_for()) is False
     assert "layout: one answer per row" in capsys.readouterr().out
 
 
@@ -444,7 +444,7 @@ def test_layout_is_one_answer_a_row_whatever_the_trial_raises(monkeypatch, capsy
             *args, **kwargs)
 
     monkeypatch.setattr(LlamaModel, "forward", raises)
-    assert train.choose_layout(tiny_model(), random_pairs(12), args_for()) is False
+    assert train.choose_layout(tiny_model(), random_pairs(12), [], args_for()) is False
     assert "'Tensor' object has no attribute 'no_such_name'" in capsys.readouterr().out
 
 
@@ -472,7 +472,7 @@ def test_layout_is_tried_on_the_longest_pair_that_a_batch_holds(monkeypatch):
 
     monkeypatch.setattr(train, "collate", record)
     for bound in (10**6, 60, 1):
-        train.choose_layout(tiny_model(), pairs, args_for(tokens_per_batch=bound))
+        train.choose_layout(tiny_model(), pairs, [], args_for(tokens_per_batch=bound))
     lengths = [longest_row(pair) for pair in pairs]
     fitting = max(length for length in lengths if length <= 30)
     firsts = [longest_row(pair) for pair in tried]
@@ -494,7 +494,7 @@ def test_an_architecture_that_differs_on_long_rows_only(monkeypatch, capsys, tmp
     model = tiny_model()
     monkeypatch.setattr(rdpo, "attention_mask", windowed(columns, rdpo.attention_mask))
     args = args_for(tokens_per_batch=60)
-    shared = train.choose_layout(model, short + long, args)
+    shared = train.choose_layout(model, short + long, [], args)
     assert shared == (columns is None)
     data, _ = dataset_of(model, short + long, args, tmp_path, shared)
     plain = rdpo.plain_sequence_logps(model, short + long).view(2, -1)
@@ -528,9 +528,9 @@ def test_rope_that_depends_on_the_batch_is_refused_beyond_its_limit(
     model, pairs = tiny_model("rope"), random_pairs(40)
     within = [pair for pair in pairs if longest_row(pair) <= 24]
     beyond = [pair for pair in pairs if longest_row(pair) > 24]
-    assert train.choose_layout(model, within, args_for())
+    assert train.choose_layout(model, within, [], args_for())
     with pytest.raises(BadInput, match=message):
-        train.choose_layout(model, within + beyond[:1], args_for())
+        train.choose_layout(model, within + beyond[:1], [], args_for())
     # The trap is there: a neighbour changes a pair's log-probability.
     alone, beside = (rdpo.sequence_logps(model, collate(group))[0]
                      for group in (within[:1], within[:1] + beyond[:1]))
