@@ -42,9 +42,9 @@ def self_critique(client, task, args, row):
     # infra.rows.is_cut reads finish: the original answer's first, the final rewrite's last.
     teacher = {"finish": [reply.finish for reply in replies],
                "tokens": sum(reply.tokens for reply in replies)}
-    thinking = [reply.thinking for reply in replies]
-    if any(thinking):  # kept, never sent back, never trained on
-        teacher["thinking"] = thinking
+    for name in ("thinking", "served"):  # thoughts are never sent back, never trained on
+        if any(values := [vars(reply)[name] for reply in replies]):
+            teacher[name] = values
     return row | {"rejected": answer.text, "critique": critique.text, "chosen": rewrite.text,
                   "teacher": teacher}
 

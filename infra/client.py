@@ -44,6 +44,7 @@ class Reply:
     problem: str  # why there is no answer and what to do, "" if there is one
     logprobs: list  # [(token, {a token in its place: its log-probability})], [] if not given
     refused: bool  # whether the model or a filter refused this text: others may pass
+    served: str  # the model by the server's account, "" if it is the one asked for, or not said
 
 
 def chat(client, messages, model, max_tokens, temperature, **others):
@@ -63,13 +64,14 @@ def chat(client, messages, model, max_tokens, temperature, **others):
             thinking = (message.get("reasoning_content") or message.get("reasoning")
                         or parts_of(content, "thinking"))
         tokens, cut = written(usage), finish in CUT
+        served = one_line(str(answer.get("model") or model))[:200]
         client.count(tokens_in=usage.get("prompt_tokens") or 0, tokens_out=tokens, cut=cut,
                      unfinished=not cut and finish not in FINISHED, thinking=bool(thinking))
         if finish in BROKEN:
             raise ValueError("broken off")
         problem = "" if text.strip() else no_text(message, finish, unclosed)
         return Reply(text, finish, tokens, thinking, problem, token_logprobs(choice),
-                     bool(refusal_in(message, finish)))
+                     bool(refusal_in(message, finish)), served if served != model else "")
 
     body = {"model": model, "messages": messages,
             "max_tokens": max_tokens, "temperature": temperature} | others | client.extra_body
@@ -259,7 +261,11 @@ class Client:
             reply = self.clean(json.loads(text))
         except (ValueError, RecursionError):
             reply = self.clean(text)
-        return response.status_code, response.headers, reply
+        status, error = response.status_code, isinstance(reply, dict) and reply.get("error")
+        if status == 200 and error:  # OpenRouter: the status of the server behind it
+            code = isinstance(error, dict) and error.get("code")
+            status = code if code in range(400, 600) else 500
+        return status, response.headers, reply
 
     def clean(self, value):
         """A JSON value whose strings hold neither the key nor lone surrogates.

@@ -155,8 +155,7 @@ def read_reply(reply, judge, score_of):
     if verdict is not None and score_of(verdict) is None:
         verdict = None  # which is better: 1.5
     attempt = {"verdict": verdict, "finish": reply.finish, "reply": reply.text or reply.problem}
-    if reply.thinking:
-        attempt["thinking"] = reply.thinking
+    attempt |= {name: vars(reply)[name] for name in ("thinking", "served") if vars(reply)[name]}
     graded = graded_score(reply.logprobs, reply.text, judge, score_of)
     return attempt if None in (verdict, graded) else attempt | {"graded": graded}
 

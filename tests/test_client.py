@@ -8,13 +8,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
-from conftest import says
+from conftest import ROOT, says
 
+import teacher
 from infra.client import Client, add_stage_flags, chat
 from infra.command import BadInput, Parser
 from infra.resumable import RowFailed
 from infra.rows import FINISHED, is_cut
+from infra.task import load_task
 from infra.thinking import split_thinking
+from infra.verdicts import read_reply
 
 KEY = "sk-se/cret-0123456789"
 
@@ -285,6 +288,47 @@ def test_content_in_parts_and_thinking_apart(scripted):
     thoughts = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}  # Magistral
     reply = ask(make_client(replies(scripted, {"content": [thoughts, parts[0]]}).url))
     assert (reply.text, reply.thinking, reply.problem) == ("a", "hm", "")
+
+
+def test_thoughts_and_the_model_that_answered_stand_in_the_row_per_reply(scripted):
+    """The first reply has both, the others neither; no thought is sent back."""
+    said = iter([says("<think>\nhm\n</think>\nA") | {"model": "m-2026"}, says("B"), says("C")])
+    server = scripted(lambda path, request: next(said))
+    task, row = load_task(f"{ROOT}/toy/task.toml"), {"prompt": "q"}
+    args = SimpleNamespace(model="m", max_tokens=9, temperature=0.7)
+    row = teacher.self_critique(make_client(server.url), task, args, row)
+    assert [row[key] for key in ("rejected", "critique", "chosen")] == ["A", "B", "C"]
+    assert row["teacher"] == {"finish": ["stop"] * 3, "tokens": row["teacher"]["tokens"],
+                              "thinking": ["hm", "", ""], "served": ["m-2026", "", ""]}
+    assert "hm" not in json.dumps(server.requests)
+    said = iter([says("<think>\nhm\n</think>\nFinal score: 4") | {"model": "m-2026"},
+                 says("Final score: 3")])
+    first, second = (read_reply(ask(make_client(server.url)), task.judge, float)
+                     for _ in range(2))
+    assert first == {"verdict": 4, "finish": "stop", "reply": "Final score: 4", "thinking": "hm",
+                     "served": "m-2026"}
+    assert second == {"verdict": 3, "finish": "stop", "reply": "Final score: 3"}
+
+
+@pytest.mark.parametrize("named, served", [("m", ""), (None, ""), ("m-2026", "m-2026")])
+def test_the_model_that_the_server_names_is_kept_if_it_is_another(named, served, scripted):
+    server = scripted(lambda path, request: says("b") | {"model": named})
+    assert ask(make_client(server.url)).served == served
+
+
+def test_an_error_in_a_reply_with_status_200_counts_as_its_code(scripted):
+    answers = iter([{"error": {"message": "Provider returned error", "code": 502}}, says("b")])
+    server = scripted(lambda path, request: next(answers))
+    assert ask(make_client(server.url, retries=1)).text == "b"
+    server = scripted(lambda path, request: {"error": {"message": "content is blocked",
+                                                       "code": 400}})
+    with pytest.raises(RowFailed, match="answered 400: content is blocked"):
+        ask(make_client(server.url, retries=3))
+    assert len(server.requests) == 1  # it was retried as an unexpected reply
+    server = scripted(lambda path, request: {"error": "overloaded"})
+    with pytest.raises(RowFailed, match="answered 500: overloaded"):
+        ask(make_client(server.url, retries=1))
+    assert len(server.requests) == 2
 
 
 # --------------------------------------------------------------------------- what servers refuse
