@@ -21,30 +21,45 @@ BEFORE_LABEL = re.compile(
 CHANGES_LABEL = re.compile(rf"\b(?<!to\s)(?<!ould\s)(?<!may\s)(?<!might\s)(?<!can\s)"
                            rf"{CHANGED}\s++{MINE}$", re.I)
 # *+, ++ and ?+ never go back over spaces: where several of them meet, that would take minutes.
-BEFORE_NUMBER = r"""["'\u201d]?+ \s*+ (?:\([^()\n]{1,12}\))? \s*+
+BEFORE_NUMBER = r"""["'\u201d]?+ \s*+ (?:\((?P<of>[^()\n]{1,12})\))? \s*+
                     (?: (?: is\b:? | of\b | to\b | [:=] ) (?: \s*+ (?:now|then|thus)\b )?+ )?+
                     [\s"'\u201c(\[{}$|]*+ (?: \\boxed\{ | <(?=[^>\n]+>) )?+ \s*+"""
-# What would make the number part of another one, of a range or a sum, or doubtful.
-AFTER_NUMBER = r"""(?! [\w%+?\u2044] | [.,][0-9] | \s*+ (?: \u00b1 | % | percent\b )
-                     | \s*+ (?: [-=]++> | [\u2190-\u21ff\u2794-\u27be\u27f0-\u27ff] )
-                       [\s("']*+ [0-9]
-                     | \s*+ (?: \.\.+ | [-=~+<>\u2013\u2014\u00d7\u2248\u2260\u2264\u2265]*+
-                              | \b(?:to|and|bis) ) \s*+ [0-9]
-                     | \s*+ [,&|] \s*+ [0-9]++ (?! \s*+ [^\W\d] )
-                     | [\s,;]++ (?: or|if|unless|would|might|maybe|perhaps|plus|minus|wait
-                                  | and\s+a )\b )"""
+# What would make the number part of another one, or doubtful.
+AFTER_NUMBER = r"""(?! [\w%+?\u2044] | [.,\u066b][0-9] | [\s\\]*+ (?: \u00b1 | % | percent\b )
+                     | \s*+ (?: \.\. | \u2026 | \(?\? )
+                     | [^\S\n]*+ (?: more\b | [=+\u00d7]*+ [^\S\n]*+ [0-9] )
+                     | [\s,;(\[\u2013\u2014-]++ (?: or|if|unless|would|might|could|maybe|perhaps
+                           | possibly|plus|minus|wait|assuming|is|means?|requires?|ties?|equals?|vs
+                           | and\s+ (?:a\b|[0-9]) )\b )"""
+VERDICT = re.compile(f"{BEFORE_NUMBER} (?P<number>{NUMBER}) {AFTER_NUMBER}", re.I | re.X)
+# Another number in the sentence of a verdict may be the verdict, unless it ...
+OTHER = re.compile(rf"(?:(?<![a-z0-9.])|(?<=to)|(?<=von)){NUMBER}(?![a-z0-9]|\.[0-9])", re.I)
+COUNTS = re.compile(  # ... counts things ("3 facts"), which these words are not,
+    r"\s*+(?!(?:because|since|as|for|out|points?|stars?|marks?|now|instead|and|but|if|or|when|on|in"
+    r"|at|to|after|before|overall|otherwise|max|scale|\u5206|\u70b9)\b)[^\W\d]", re.I)
+REFUSED = re.compile(  # ... is refused, or is the number of a thing ("reply 2"),
+    r"\b(?:not|los\w+|deduct\w*|by|from|was|were|than|instead of|the|reply|response|answer|option"
+    r"|claim|steps?|lines?|sections?|examples?|questions?|items?|parts?|paragraphs?|sentences?"
+    r"|version)\W*$", re.I)
+AT_MOST = re.compile(  # ... is the end of the scale,
+    r"(?:/|\b(?:of|von|de|sur|su|di|possible|max\w*|scale|on)|\u6ee1\u5206)\W*(?:an?\s|the\s)?\s*$",
+    re.I)
+LABELLED = re.compile(r"[^\W\d]\W{0,4}$")  # ... or has its own name in brackets, but not these:
+IS_VERDICT = re.compile(
+    rf"\b(?:{CHANGED}|total|overall|final|max|of|scale|range|penal\w*|now|or|maybe|perhaps|possibly"
+    r"|could|so|edit|actual|new|rounded)\b[^()]{0,12}$", re.I)
 CHANGED_NUMBER = re.compile(
-    rf"""\b(?:{CHANGED}|actually|now|no|instead|rather|make|wait|should|thoughts?|reflection)
+    rf"""\b(?:{CHANGED}|actually|now|no|instead|rather|make|wait|should|thoughts?|reflection
+             |oops|meant?|edit|hmm|correction|so|penalty)
          [\s:=,"']++ (?: (?:to|it|that|is|be|up|down)\b [\s:=,]++ )*+
          (?P<number>{NUMBER})
-         (?! \s*+ (?! (?:because|since|as|for|out|of|points?|stars?|now|instead|and|but)\b )
+         (?! \s*+ (?! (?:because|since|as|for|out|of|points?|stars?|now|instead|and|but|may)\b )
              [^\W\d] )""", re.I | re.X)  # not "corrects 2 mistakes"
-SCALE = rf"""(?: (?: \s*+ (?:points?|stars?|marks?|pts)\b )?+
-                 (?: [\s("'\[]*+ (?: / | [^\W\d]{{2,3}} )
-                   | [\s("'\[,]*+ (?: out\s+of | (?:on\s+a\s+)?+ scale\s+ (?:(?:of|from)\b)?+ )
-                   | [\s(\[]*+ (?= [01] \s*+ [-\u2013] ) )
-                 \s*+ (?: [01] \s*+ (?:to\b|[-\u2013]) \s*+ )?+ (?P<scale>{NUMBER}) )?+"""
-VERDICT = re.compile(f"{BEFORE_NUMBER} (?P<number>{NUMBER}) {AFTER_NUMBER} {SCALE}", re.I | re.X)
+# A later "Score: 2", or a line that is a number
+LATER = re.compile(rf"""(?: \n [^\w\n]{{0,9}} (?={NUMBER}[^\w\n]*+(?:\n|$))
+        | [\n.] [^\w\n]{{0,9}} (?:(?:{CHANGED}|new|actual|final|overall|my|i|give) [ ]++){{0,4}}+
+          (?:score|rating|grade)\b [\s:=]*+ (?:(?:is|to|of)\b)?+ ) [\s:=]*+ (?P<number>{NUMBER})""",
+                   re.I | re.X)
 PLACEHOLDER = re.compile(r"\W*(?:N|X|your)\b")  # the request, repeated
 STRUCK_OUT = re.compile(r"~~[^~\n]*+~~|<del>[^<\n]*+</del>|<strike>[^<\n]*+</strike>")
 
@@ -70,7 +85,7 @@ def find_verdict(text, judge):
     label = r"[^\S\n]*+".join(map(re.escape, judge.verdict.rstrip(": ").split()))
     found, depth, before = {}, 0, 0  # number, or None where it is not clear -> where it begins
     key = rf"""(?<=["'])(?:{CHANGED}\s)?score(?=["'])"""
-    for match in re.finditer(rf"{label}\b|{key}", text, re.I):
+    for match in re.finditer(rf"{label}\b" + f"|{key}" * ("score" in label), text, re.I):
         start, end = match.span()
         depth = max(0, depth + text.count("{", before, start) - text.count("}", before, start))
         before = start
@@ -78,30 +93,52 @@ def find_verdict(text, judge):
             continue  # the key of a criterion
         lead = text[max(start - 60, 0):start]
         if BEFORE_LABEL.search(lead) or found and CHANGES_LABEL.search(lead):
-            number, place = verdict_after(text[end:end + 240], judge.highest)
+            number, place = verdict_after(text[end:end + 240], judge)
             if number != "none":
                 found[number] = end + place
     verdict, place = found.popitem() if len(found) == 1 else (None, 0)
+    if verdict is not None and any(float(later["number"]) != verdict
+                                   for later in LATER.finditer(text, place)):
+        verdict = None
     in_scale = verdict is not None and judge.lowest <= verdict <= judge.highest
     return verdict if in_scale else None, text, place
 
 
-def verdict_after(text, highest):
+def verdict_after(text, judge):
     """(the number behind a label, where): None if it is not clear, "none" if there is none."""
     match = VERDICT.match(text)
     if not match or match.start("number") >= 200:  # so that no window ends inside the number
         line = text.partition("\n")[0]
         has_number = re.match(r"\W*[:=]", line) and re.search("[0-9]", line)
         return None if has_number and not PLACEHOLDER.match(line) else "none", 0
-    number, changed = float(match["number"]), CHANGED_NUMBER.search(text, match.end("number"))
-    if match["scale"] and float(match["scale"]) != highest:
-        return None, 0
-    if changed and float(changed["number"]) != number:
-        return None, 0
+    number, rest = float(match["number"]), text[match.end():]
     is_on_next_line = "\n" in text[:match.start("number")]
-    if is_on_next_line and not re.match(r"\W*(?:\n|$)", text[match.end():]):
+    if is_on_next_line and not re.match(rf"\W*(?:{judge.highest:g}\b\W*)?(?:\n|$)", rest):
         return "none", 0  # the first item of a list, or a sentence
+    *_, end_of_scale = OTHER.findall(match["of"] or "") or [judge.highest]
+    changed = {float(found["number"]) for found in CHANGED_NUMBER.finditer(rest)} - {number}
+    if ("%" in (match["of"] or "") or float(end_of_scale) != judge.highest or changed
+            or is_doubted(number, re.split(r"\n|[.!]\s+(?=[A-Z])", rest)[0], judge)):
+        return None, 0
     return number, match.start("number")
+
+
+def is_doubted(number, line, judge):
+    """Whether the sentence behind a verdict has another number that may be the verdict."""
+    scale = rf"(?:{judge.lowest:g}|[01])\s*(?:to|-|\u2013|\.\.+)\s*{judge.highest:g}\b"
+    line = re.sub(rf"([(\[]|\b(?:scale|range|from|of|the|on a)\b)\W*{scale}", r"\1", line)
+    is_json = re.match(r"[\"']?\s*[,}]", line) and re.search(r"[\"']\s*:", line)
+    for match in OTHER.finditer(line):
+        other, lead = float(match[0]), line[max(match.start() - 40, 0):match.start()]
+        if other == number or COUNTS.match(line, match.end()) or REFUSED.search(lead):
+            continue
+        is_in_brackets = is_json or lead.count("(") > lead.count(")")
+        has_name = is_in_brackets and LABELLED.search(lead) and not IS_VERDICT.search(lead)
+        # 1/2 in a comparison of two replies is no scale.
+        is_end_of_scale = other == judge.highest != 2 and AT_MOST.search(lead)
+        if not has_name and not is_end_of_scale:
+            return True
+    return False
 
 
 def better(verdict, good):
