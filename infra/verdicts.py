@@ -68,9 +68,10 @@ def parse_verdict(text, judge, finish="stop"):
     """The number in a judge's reply, or None unless it has one clear verdict within the scale.
 
     A verdict is the judge's label (or "score", a key of JSON), then a number. Markdown, words,
-    quotes, brackets and end tokens may stand around it. None if two verdicts differ, if one is a
-    range, in doubt or on another scale, and if the reply is not finished: the cut may have gone
-    through the number. Time is linear in the text: only a window around each label is looked at.
+    quotes, brackets and end tokens may stand around it. None if two verdicts differ, if one is in
+    doubt or on another scale, if another number of its sentence may be meant, and if the reply is
+    not finished: the cut may have gone through the number. None costs another request at most, a
+    wrong number a wrong pair. Time is linear in the text.
     """
     return find_verdict(text, judge)[0] if finish in FINISHED else None
 
