@@ -291,5 +291,5 @@ def says(text, finish="stop"):
 def pytest_configure(config):
     config.addinivalue_line("markers", "real: runs a real small model, fetched from the package "
                                        "registry (deselect with -m 'not real')")
-    config.addinivalue_line("markers", "slow: several processes or whole studies "
+    config.addinivalue_line("markers", "slow: several processes, whole studies, runs in 16 bits "
                                        "(deselect with -m 'not slow')")

@@ -3,9 +3,11 @@ import os
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
+@pytest.mark.slow
 def test_random_flags_and_damaged_files_end_in_one_line_or_a_sound_student():
     command = [sys.executable, os.path.join(ROOT, "bench", "fuzz.py"), "--flags", "40",
                "--rows", "60", "--files", "20"]

@@ -355,6 +355,7 @@ def suspects_in(out):
     return [(where, float(tau) if tau else None, float(p)) for where, tau, p in found]
 
 
+@pytest.mark.slow
 def test_corrupted_scores_are_the_first_suspects(run_train, run_stage, write_rows, toy_rows,
                                                  tmp_path):
     (rows, wrong), (held_out, wrong_held_out) = (corrupted(toy_rows[:720], 0),

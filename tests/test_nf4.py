@@ -248,6 +248,7 @@ def test_a_real_student_trains_and_follows_the_whole_base(smollm2, run_train, wr
     assert steps[4] == pytest.approx(steps[0], abs=0.1) and steps[4][-1] < steps[4][0]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bits(run_train, rows, tmp_path, monkeypatch):
     def state(name):
         return load_file(tmp_path / name / "state" / "step-00000006" / "model.safetensors")

@@ -277,6 +277,7 @@ def test_merging_and_saving_keep_changes_far_below_the_grid(name, monkeypatch):
     assert 0.9 < mean["stochastic"] < 1.1 and mean["nearest"] < 0.5, mean
 
 
+@pytest.mark.slow
 def test_the_saved_student_is_the_trained_one_and_to_nearest_it_is_not(
         run_train, toy_rows, write_rows, monkeypatch, tmp_path):
     flags = ["--data", write_rows(toy_rows[:300]), *SMALL_STEPS]
@@ -298,6 +299,7 @@ def test_the_saved_student_is_the_trained_one_and_to_nearest_it_is_not(
     assert code == 0 and "as saved" not in out
 
 
+@pytest.mark.slow
 def test_a_16_bit_run_follows_the_float32_run_and_to_nearest_it_does_not(
         run_train, toy_rows, write_rows, monkeypatch, tmp_path):
     flags = ["--data", write_rows(toy_rows[:300]), *SMALL_STEPS, "--learning_rate", 2e-5]
@@ -320,6 +322,7 @@ def test_a_16_bit_run_follows_the_float32_run_and_to_nearest_it_does_not(
     assert abs(losses["nearest"][1] - last) > 0.3 * (first - last)  # control
 
 
+@pytest.mark.slow
 def test_a_16_bit_run_is_resumed_to_the_bit(run_train, toy_rows, write_rows, monkeypatch, tmp_path):
     from test_train import run_until, same_weights, weights_of, without_clock
     flags = ["--data", write_rows(toy_rows[:60]), "--max_steps", 5, "--save_every", 2,

@@ -153,6 +153,7 @@ def test_runs_of_other_code_are_run_again(tmp_path, monkeypatch):
         assert len(file.readlines()) == 1
 
 
+@pytest.mark.slow
 def test_rdpo_withstands_a_misleading_teacher_and_a_wrong_sign_does_not(folder, monkeypatch):
     monkeypatch.setattr(train, "have_matplotlib", train.have_matplotlib)  # the study changes it
     jobs = {method: study.Run(method, study.SYSTEMATIC, 8e-4, 0, "test")
