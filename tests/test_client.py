@@ -167,6 +167,8 @@ def test_a_base_url_with_a_query_is_refused(url):
 FENCED = "Use it:\n```xml\n<thinking>\nplan\n</thinking>\n```\nBye."
 HARMONY = ("<|channel|>analysis<|message|>x<|end|><|start|>assistant"
            "<|channel|>final<|message|>ANSWER")
+APRIEL = ("Here are my reasoning steps:\nx\n[BEGIN FINAL RESPONSE]\nA\n[END FINAL RESPONSE]\n"
+          "<|end|>")
 
 
 @pytest.mark.parametrize("text, wanted", [
@@ -187,12 +189,26 @@ HARMONY = ("<|channel|>analysis<|message|>x<|end|><|start|>assistant"
     ("<think>\nx\n</think>\n<answer>\nA\n</answer>", ("x", "A")),
     ("<think>\nx\n</think>\n<answer>\nA", ("x", "A")), ("<seed:think>x</seed:think>A", ("x", "A")),
     ("Here is my thought process: x\nHere is my response: A", ("x", "A")),
+    ("<|begin_of_thought|>\n\nx\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\nA\n\n"
+     "<|end_of_solution|>", ("x", "A")), ("\ufeff<hy_think>x</hy_think>A", ("x", "A")),
+    ("<|think|>x<|end|><|begin|>assistant<|content|>A<|end|>", ("x", "A")),
+    (APRIEL, ("x", "A")), (APRIEL.partition("\n")[2], ("x", "A")),
+    ("Thinking...\nx\n...done thinking.\n\nA", ("x", "A")), ("\u200b<think>x</think>A", ("x", "A")),
+    *(("A" + end, ("", "A")) for end in (
+        "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", "<turn|>", "<seed:eos>", "<|im_end|>\n", "</s>",
+        "\n<|eot_id|>", "<｜end▁of▁sentence｜>", "<end_of_turn>")),
+    # a tag written twice, a block in a block
+    ("<think>\nx\n</think>\n\n</think>\n\nA", ("x", "A")), ("x\n</think>\n</think>\nA", ("x", "A")),
+    ("<think>a<think>b</think>c</think>A", ("a<think>b</think>c", "A")),
+    ("<think>\n<think>\nx\n</think>\nA", ("<think>\nx", "A")),
+    ("<think>a<think>b</think>c\n<think>d</think>", ("a<think>b", "c\n<think>d</think>")),
     # the prompt has the opening tag
     ("I weigh it.</think>It is fair.", ("I weigh it.", "It is fair.")),
     ("I weigh it. </think> It is fair.", ("I weigh it.", "It is fair.")),
     ('He says "so"</think>"Fair."', ('He says "so"', '"Fair."')),
     ('He writes "</think>" here.</think>A', ('He writes "</think>" here.', "A")),
     ("The <think> tag is his.\n</think>\nA", ("The <think> tag is his.", "A")),
+    ("So:\n```\nx\n</think>\n\nA\n```\ny\n```", ("So:\n```\nx", "A\n```\ny\n```")),
     # a closing tag that the thoughts quote
     ("<think>He writes `</think>` here.</think>A", ("He writes `</think>` here.", "A")),
     ("<think>He writes </think> here.\n</think>\nA", ("He writes </think> here.", "A")),
@@ -201,19 +217,24 @@ HARMONY = ("<|channel|>analysis<|message|>x<|end|><|start|>assistant"
     ("<think>a ` b\n</think>\nuse `x`", ("a ` b", "use `x`")),
     # answers that show the tags
     *((text, ("", text)) for text in (
-        FENCED, FENCED.replace("```xml\n", "").replace("```\n", ""), "b <think>a</think>",
+        FENCED, FENCED + "\n```", FENCED.replace("<thinking>\n", ""),
+        FENCED.replace("```xml\n", "").replace("```\n", ""), "b <think>a</think>",
         "The tag </think> ends it.", "Close with `</think>`.", "So: <think>plan</think>. Bye",
-        "Like: <thinking>\nplan\n</thinking>\nBye.", "analysis of it", "<answer>A</answer>"))])
+        "Like: <thinking>\nplan\n</thinking>\nBye.", "analysis of it", "<answer>A</answer>",
+        "Here are my reasoning steps: one", "Thinking... it is A", "It ends <|im_end|> here."))])
 def test_split_thinking(text, wanted):
     assert split_thinking(text) == wanted
 
 
 @pytest.mark.parametrize("unit", ["<think>", "</think>", "<think></think>", " </think>", " ", "`",
-                                  "```\n", "\t<think>\n", "<|end|>", "<|channel|>final", '"'])
+                                  "```\n", "\t<think>\n", "<|end|>", "<|channel|>final", '"',
+                                  "<think> </think> ", "analysisa assistantfinal", "</s>\n",
+                                  "<think>a</think>b</think>", "a<think>b\n</think>c",
+                                  "Here are my reasoning steps:", "\n</think>x"])
 def test_split_thinking_is_linear(unit):
     for before in ("", "<think>", "x"):
         start = time.process_time()
-        split_thinking(before + unit * (500_000 // len(unit)))
+        split_thinking(before + unit * (500_000 // len(unit)) + "x")
         assert time.process_time() - start < 3
 
 
