@@ -1,6 +1,7 @@
 """The HTTP client against servers that misbehave, reasoning models, and refused parameters."""
 import gzip
 import json
+import re
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, says
 
+import reward
 import teacher
 from infra.client import Client, add_stage_flags, chat
 from infra.command import BadInput, Parser
@@ -290,6 +292,22 @@ def test_a_reply_that_the_server_broke_off_is_asked_for_again(finish, scripted):
     assert reply.finish == "stop" and len(server.requests) == 2
 
 
+@pytest.mark.parametrize("finish", ["stop", None])
+@pytest.mark.parametrize("place", ["choice", "reply"])
+def test_half_a_text_beside_an_error_is_asked_for_again(place, finish, scripted):
+    half, error = says("half a text", finish), {"error": {"code": 502, "message": "died"}}
+    broken = half | error if place == "reply" else {"choices": [half["choices"][0] | error]}
+    answers = iter([broken, says("whole")])
+    server = scripted(lambda path, request: next(answers))
+    assert ask(make_client(server.url, retries=1)).text == "whole"
+
+
+@pytest.mark.parametrize("message, text", [
+    ({"reasoning_content": "hm", "content": "\n\nA\n"}, "A\n"), ({"content": "\nA"}, "\nA")])
+def test_the_lines_before_an_answer_go_with_its_thoughts(message, text, scripted):
+    assert ask(make_client(replies(scripted, message).url)).text == text
+
+
 @pytest.mark.parametrize("usage, wanted", [
     ({"completion_tokens": 7}, 7), ({"completion_tokens": 7, "total_tokens": 12}, 7),
     ({"completion_tokens": 7, "total_tokens": 112}, 107),  # Gemini, Grok
@@ -436,22 +454,52 @@ REFUSALS = [  # (what is refused, status, reply)
                             "this model.", param="messages[0].role")),
     ({"system"}, 400, error("Developer instruction is not enabled for models/gemma-3")),
     ({"system"}, 500, error("Conversation roles must alternate user/assistant/user/assistant")),
+    (LOGPROBS, 422, {"error": "Input validation error: `top_n_tokens` must be >= 0 and <= 5. "
+                              "Given: 10", "error_type": "validation"}),
+    *((LOGPROBS, 400, error(message)) for message in (
+        "top_logprobs: maximum is 5, got 10", "topLogprobs out of bounds",
+        "Malformed input request: #: extraneous key [top_logprobs]")),
+    (LOGPROBS, 404, error("No endpoints found that can handle the requested parameters.")),
+    (LOGPROBS | {"seed"}, 404, error("No endpoints found that can handle the requested "
+                                     "parameters.")),
+    ({"seed"}, 404, error("No endpoints found for the requested parameters: seed")),
+    *(({"temperature"}, 400, error(message)) for message in (
+        "temperature参数非法。请检查文档。", "参数 temperature 只能为 1", "不支持temperature",
+        "This model does not support sampling parameters")),
+    *(({"response_format"}, 400, error(message)) for message in (
+        "Unknown name \"additionalProperties\" at 'generation_config.response_schema'",
+        "JSON schema mode is not supported with this model.", "JSON mode is not enabled",
+        "guided decoding is not supported with speculative decoding",
+        "'m' does not support output format.",
+        "input_schema.properties: Property keys should match pattern '^[a-z]{1,64}$'")),
+    ({"max_tokens"}, 400, error("this model is not supported MaxTokens, please use "
+                                "MaxCompletionTokens")),
+    *(({"system"}, 400, error(message)) for message in (
+        "messages.0.role: Input should be 'user' or 'assistant'", "messages 参数非法。不支持system角色",
+        "Only user and assistant roles are supported!", "First message must be from user",
+        "Conversation must start with a user message")),
+    ({"system"}, 422, {"detail": [{"type": "literal_error", "loc": ["body", "messages", 0, "role"],
+                                   "msg": "Input should be 'user' or 'assistant'"}]}),
 ]
 
 
 @pytest.mark.parametrize("names, status, reply", REFUSALS)
 def test_a_refused_parameter_is_left_out_and_nothing_else(names, status, reply, refusing, capsys):
-    last = "response_format" if "response_format" in names else min(names)
+    """A status of 5xx is believed the second time."""
+    last = max(names - BOUNDS - LOGPROBS or names, key=len)
+    more = status >= 500
     server = refusing(lambda request: (status, reply) if f'"{last}"' in json.dumps(request)
                       else None)
-    client = make_client(server.url)
-    assert ask_all(client).text == "fine" and set(client.refused) == names
+    client = make_client(server.url, retries=1)
+    reply = ask_all(client)
+    assert reply.text == "fine" and set(client.refused) == names
+    assert reply.left_out == sorted(names & {"temperature", "seed", "response_format"})
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == len(server.requests) - 1 == (2 if len(names) == 3 else 1)
+    assert len(lines) == len(server.requests) - 1 - more == (2 if len(names) == 3 else 1)
     assert all("the server does not take `" in line for line in lines)
     assert ask_all(client).text == "fine" and capsys.readouterr().err == ""
     first, sent = server.requests[0], server.requests[-1]
-    assert server.requests[-2] == sent and client.counts["retries"] == 0  # learned
+    assert server.requests[-2] == sent and client.counts["retries"] == more  # learned
     for name in first.keys() - names - {"messages", "response_format"}:
         assert sent[name] == first[name]
     if "max_tokens" in names:
@@ -475,6 +523,28 @@ def test_several_refused_parameters_are_left_out_one_at_a_time(refusing, capsys)
     assert [ask_all(client).text for _ in range(3)] == ["fine"] * 3
     assert len(server.requests) == 6 and len(capsys.readouterr().err.splitlines()) == 3
     assert set(client.refused) == {"max_tokens", "temperature", "seed"}
+
+
+def test_a_busy_server_that_repeats_the_request_refuses_nothing(refusing, capsys):
+    busy = error('No healthy upstream; request was: {"temperature": 0, "seed": 1}')
+    server = refusing(lambda request: (503, busy) if len(server.requests) == 1 else None)
+    client = make_client(server.url, retries=1)
+    assert ask_all(client).left_out == [] and client.refused == {}
+    assert server.requests[0] == server.requests[1] and capsys.readouterr().err == ""
+
+
+def test_a_row_says_what_the_server_did_not_take(refusing):
+    """Of the teacher's replies and the judge's alike; log-probabilities shape no answer."""
+    server = refusing(lambda request: next(
+        ((400, error(f"Unsupported parameter: {name}")) for name in ("temperature", "logprobs")
+         if name in request), None))
+    task, client = load_task(f"{ROOT}/toy/task.toml"), make_client(server.url)
+    args = SimpleNamespace(model="m", max_tokens=9, temperature=0.7, samples=2, verdict_retries=0,
+                           json_verdicts=False)
+    row = teacher.self_critique(client, task, args, {"prompt": "q"})
+    assert row["teacher"]["left_out"] == [["temperature"]] * 3
+    judge = reward.score_row(client, task, args, row)["judge"]
+    assert [reply["left_out"] for reply in sum(judge.values(), [])] == [["temperature"]] * 4
 
 
 @pytest.mark.parametrize("status, reply, is_own", [
@@ -505,6 +575,17 @@ def test_one_refusal_after_replies_is_one_rows_failure(status, refusing):
     assert ask(client).text == "fine" and not caught.value.is_own
     with pytest.raises(BadInput if status != 498 else RowFailed):  # before any reply
         ask(make_client(refusing(lambda request: (status, {})).url))
+
+
+def test_a_long_wait_is_said_once(raw, monkeypatch, capsys):
+    monkeypatch.setattr("infra.client.time.sleep", lambda seconds: None)
+    url = raw(lambda connection: connection.sendall(whole(429, b'"later"', "Retry-After: 3000")))
+    client = make_client(url, retries=2)
+    for _ in range(2):
+        with pytest.raises(RowFailed, match="answered 429"):
+            ask(client)
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.fullmatch("warning: .* answered 429: later; waiting 3[0-3].. s [(]said once[)]", line)
 
 
 def test_retry_after_0_keeps_the_own_wait(raw, monkeypatch):
