@@ -19,9 +19,8 @@ FORMS = [
     # gpt-oss: several messages may come before the final one
     (r"(?:<\|start\|>assistant)?<\|channel\|>(?:analysis|commentary)(?:[^\n]{0,60}?<\|message\|>)?",
      r"(?:<\|end\|>)?(?:<\|start\|>assistant)?<\|channel\|>final[^\n]{0,60}?<\|message\|>"),
-    # Openings in plain words, which count only where their closing follows
-    ("Here are my reasoning steps:", r"\[BEGIN FINAL RESPONSE\]"),  # Apriel
-    # Closings in plain words, which count only behind their own opening
+    # Plain words: an opening counts where its closing follows, a closing behind its opening
+    ("Here are my reasoning steps:", r"\[BEGIN FINAL RESPONSE\]"),  # Apriel, its closing a tag
     (r"analysis(?=\S)", "assistantfinal"),  # gpt-oss, its tokens taken out
     ("Here(?:'s| is) my thought process:", "Here(?:'s| is) my response:"),  # Granite
     (r"Thinking\.\.\.", r"\.\.\.done thinking\."),  # Ollama's command line
@@ -44,13 +43,11 @@ ALONE = any_of((rf"{closing}(?m:[ \t]*$)" for closing in CLOSINGS), r"(?m:^[ \t]
 SHOWN = re.compile(r"(?ms:^[ \t]*```.*?^[ \t]*```)|`[^`\n]+`|(?<!\S)[\"'“‘«](?:"
                    + "|".join(tag for form in TAGS for tag in form) + r")[\"'”’»]",
                    re.IGNORECASE)
-# Marks of an answer itself: Command A, Solar, gpt-oss, GLM; of one after a block: Hunyuan, ERNIE
+# Marks of an answer itself: Command A, Solar, GLM, end tokens; of one after a block: Hunyuan, ERNIE
 MARKS = re.compile(
-    r"\A\s*<\|(?:START_RESPONSE|START_TEXT|begin_of_solution|content)\|>\s*|"
-    r"<\|(?:begin|end)_of_box\|>|"
-    r"(?<!\s)(?:\s*(?:<\|(?:END_(?:RESPONSE|TEXT|OF_TURN_TOKEN)|end_of_solution|return|end|im_end|"
-    r"eot_id)\|>|</s>|<turn\|>|<end_of_turn>|<seed:eos>|<｜end▁of▁sentence｜>|"
-    r"\[END FINAL RESPONSE\])){1,3}\s*\Z")
+    r"\A\s*<\|(?:START_(?:RESPONSE|TEXT)|begin_of_solution|content)\|>\s*|"
+    r"<\|(?:begin|end)_of_box\|>|(?<!\s)(?:\s*(?:<[|｜][\w▁]+[|｜]>|</s>|<turn\|>|<end_of_turn>|"
+    r"<seed:eos>|\[END FINAL RESPONSE\])){1,3}\s*\Z")
 WRAPPED = re.compile(r"<(answer|response)>", re.IGNORECASE)
 
 

@@ -198,7 +198,7 @@ APRIEL = ("Here are my reasoning steps:\nx\n[BEGIN FINAL RESPONSE]\nA\n[END FINA
     ("Thinking...\nx\n...done thinking.\n\nA", ("x", "A")), ("\u200b<think>x</think>A", ("x", "A")),
     *(("A" + end, ("", "A")) for end in (
         "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", "<turn|>", "<seed:eos>", "<|im_end|>\n", "</s>",
-        "\n<|eot_id|>", "<｜end▁of▁sentence｜>", "<end_of_turn>")),
+        "\n\n<|eot_id|>", "<｜end▁of▁sentence｜>", "<end_of_turn>")),
     # a tag written twice, a block in a block
     ("<think>\nx\n</think>\n\n</think>\n\nA", ("x", "A")), ("x\n</think>\n</think>\nA", ("x", "A")),
     ("<think>a<think>b</think>c</think>A", ("a<think>b</think>c", "A")),
@@ -230,7 +230,7 @@ def test_split_thinking(text, wanted):
 
 @pytest.mark.parametrize("unit", ["<think>", "</think>", "<think></think>", " </think>", " ", "`",
                                   "```\n", "\t<think>\n", "<|end|>", "<|channel|>final", '"',
-                                  "<think> </think> ", "analysisa assistantfinal", "</s>\n",
+                                  "<think> </think> ", "analysisa assistantfinal", "</s>\n", "<|a",
                                   "<think>a</think>b</think>", "a<think>b\n</think>c",
                                   "Here are my reasoning steps:", "\n</think>x"])
 def test_split_thinking_is_linear(unit):
