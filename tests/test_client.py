@@ -577,10 +577,10 @@ def test_one_refusal_after_replies_is_one_rows_failure(status, refusing):
         ask(make_client(refusing(lambda request: (status, {})).url))
 
 
-def test_a_long_wait_is_said_once(raw, monkeypatch, capsys):
+def test_a_long_wait_is_said_once(refusing, monkeypatch, capsys):
     monkeypatch.setattr("infra.client.time.sleep", lambda seconds: None)
-    url = raw(lambda connection: connection.sendall(whole(429, b'"later"', "Retry-After: 3000")))
-    client = make_client(url, retries=2)
+    monkeypatch.setattr("infra.client.retry_after", lambda header: 3000)
+    client = make_client(refusing(lambda request: (429, "later")).url, retries=2)
     for _ in range(2):
         with pytest.raises(RowFailed, match="answered 429"):
             ask(client)
