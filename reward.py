@@ -55,8 +55,8 @@ def ask(client, judge, args, template, texts, score_of):
                          seed=None if greedy else sample + args.samples * retry,
                          response_format=form, logprobs=True, top_logprobs=10)
             attempts.append(read_reply(reply, judge, score_of))
-            if "temperature" in client.refused:
-                attempts[-1]["temperature"] = "the server's default"
+            if reply.left_out:
+                attempts[-1]["left_out"] = reply.left_out
             if attempts[-1]["verdict"] is not None:
                 break
     return attempts

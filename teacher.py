@@ -42,7 +42,7 @@ def self_critique(client, task, args, row):
     # infra.rows.is_cut reads finish: the original answer's first, the final rewrite's last.
     teacher = {"finish": [reply.finish for reply in replies],
                "tokens": sum(reply.tokens for reply in replies)}
-    for name in ("thinking", "served"):  # thoughts are never sent back, never trained on
+    for name in ("thinking", "served", "left_out"):  # thoughts are never sent back or trained on
         if any(values := [vars(reply)[name] for reply in replies]):
             teacher[name] = values
     return row | {"rejected": answer.text, "critique": critique.text, "chosen": rewrite.text,

@@ -45,6 +45,7 @@ class Reply:
     logprobs: list  # [(token, {a token in its place: its log-probability})], [] if not given
     refused: bool  # whether the model or a filter refused this text: others may pass
     served: str  # the model by the server's account, "" if it is the one asked for, or not said
+    left_out: list  # what the server refuses of the parameters that shape an answer
 
 
 def chat(client, messages, model, max_tokens, temperature, **others):
@@ -63,15 +64,18 @@ def chat(client, messages, model, max_tokens, temperature, **others):
         if not thinking:  # the server may have taken it out itself
             thinking = (message.get("reasoning_content") or message.get("reasoning")
                         or parts_of(content, "thinking"))
+        text = text.lstrip("\n") if thinking else text  # vLLM leaves what stood before the answer
         tokens, cut = written(usage), finish in CUT
         served = one_line(str(answer.get("model") or model))[:200]
         client.count(tokens_in=usage.get("prompt_tokens") or 0, tokens_out=tokens, cut=cut,
                      unfinished=not cut and finish not in FINISHED, thinking=bool(thinking))
-        if finish in BROKEN:
+        if finish in BROKEN or choice.get("error"):
             raise ValueError("broken off")
         problem = "" if text.strip() else no_text(message, finish, unclosed)
+        left_out = [name for name in ("temperature", "seed", "response_format")
+                    if name in body and name in client.refused]
         return Reply(text, finish, tokens, thinking, problem, token_logprobs(choice),
-                     bool(refusal_in(message, finish)), served if served != model else "")
+                     bool(refusal_in(message, finish)), served if served != model else "", left_out)
 
     body = {"model": model, "messages": messages,
             "max_tokens": max_tokens, "temperature": temperature} | others | client.extra_body
@@ -160,6 +164,7 @@ class Client:
         self.extra_body = args.extra_body
         self.threads = PerThread(self.base_url, self.key)
         self.lock, self.counts = threading.Lock(), Counter()
+        self.first_long_wait = threading.Lock()  # its thread takes it for good, and says so
         # What this server does not take, as in refusals.OPTIONAL
         self.refused = dict.fromkeys(("logprobs", "top_logprobs")) if args.no_logprobs else {}
 
@@ -174,14 +179,16 @@ class Client:
         read. RowFailed after the last retry, or at once if the server refuses this request.
         BadInput if it would refuse all requests, or has never replied.
         """
-        start, wait = time.monotonic(), 0.0
+        start, wait, failed = time.monotonic(), 0.0, set()
         for attempt in range(self.retries + 1):
+            if wait > 60 and self.first_long_wait.acquire(blocking=False):
+                warn(f"{reason}; waiting {wait:.0f} s (said once)")
             if attempt > 0:
                 time.sleep(wait)
             self.count(retries=int(attempt > 0))
             wait = min(2 ** attempt / 2, 60) * random.uniform(0.5, 1.5)
             try:
-                status, headers, reply = self.negotiate(url, body)
+                status, headers, reply = self.negotiate(url, body, failed)
             except NoReply as error:
                 reason = (f"no whole reply from {url} ({error}); check that the server runs, "
                           "--base_url, --timeout and --concurrency")
@@ -206,16 +213,18 @@ class Client:
         reason += f" (asked {self.retries + 1} times in {time.monotonic() - start:.0f} s)"
         raise RowFailed(reason) if self.counts["answered"] else BadInput(reason)
 
-    def negotiate(self, url, body):
+    def negotiate(self, url, body, failed):
         """The exchange(), again while the server refuses a parameter that can be left out.
 
-        What a request succeeds without is not sent again in this run.
+        What a request succeeds without is not sent again in this run. A status of 5xx is a refusal
+        only if an earlier attempt `failed` by the same names: a busy server may repeat the request.
         """
         refused, messages = dict(self.refused), []
         while True:
             status, headers, reply = self.exchange(url, adapted(body, refused))
             names = status >= 400 and status not in BUSY and refused_in(reply, body, refused)
-            if not names:
+            if not names or status >= 500 and not names.keys() <= failed:
+                failed.update(names or ())
                 break
             refused |= names
             messages.append((names, server_message(reply)))

@@ -69,8 +69,8 @@ def draw_prompts(rows, source, templates, seed, limit):
     for row in rows:
         question = text_at(row, source.question)
         prompt = "\n".join(filter(None, [text_at(row, source.persona), question]))
-        system = "" if source.persona in SYSTEM else next(
-            filter(None, (text_at(row, name) for name in SYSTEM)), "")
+        system = "" if SYSTEM.fullmatch(source.persona) else next(
+            filter(None, (text_at(row, name) for name in row if SYSTEM.fullmatch(name))), "")
         reason = reason_to_skip(row, source)
         if not reason and (prompt, system) in candidates:
             reason = "the same prompt again"
@@ -101,13 +101,15 @@ def draw_prompts(rows, source, templates, seed, limit):
 
 def reason_to_skip(row, source):
     """The reason to skip a public row: a filter, or no question or persona in it. Else None."""
+    needed = list(filter(None, [*source.keep_filled, source.question, source.persona]))
+    others = (source.group, *source.keep_equal, *source.drop_containing)
+    for path in (*needed, *filter(None, others), *filter(SYSTEM.fullmatch, row)):
+        if path.split(".")[0] in (row.get("truncated_cells") or ()):
+            return f"`{path}` is cut by the rows API; download the whole rows and use --source"
     for path, wanted in source.keep_equal.items():
         if text_at(row, path) != wanted:
             return f"`{path}` is not {wanted}"
-    cut = row.get("truncated_cells") or ()
-    for path in filter(None, [*source.keep_filled, source.question, source.persona]):
-        if path.split(".")[0] in cut:
-            return f"`{path}` is cut by the rows API; download the whole rows and use --source"
+    for path in needed:
         if not text_at(row, path).strip():
             return f"`{path}` is empty"
     for path, unwanted in source.drop_containing.items():
@@ -214,6 +216,8 @@ def parse_pages(text, name):
                 cut = item.get("truncated_cells")
                 rows.append(item["row"] | ({"truncated_cells": cut} if cut else {}))
             total = int(page["num_rows_total"])
+            if page.get("partial"):
+                raise BadInput(f"{name}: a part of its dataset; download all and use --source")
             if position == len(text):
                 return rows, total
     except json.JSONDecodeError as error:

@@ -19,13 +19,15 @@ ALIASES = {
 }
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
 # Keys that change what the model reads. Rows with one that is not read here are refused.
-SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "sys_prompt",
-          "developer")  # becomes the prompt's first message
+SYSTEM = re.compile(r"system|sys(tem)?[ _-]?(prompt|message|msg|instructions?)|developer",
+                    re.IGNORECASE)  # becomes the prompt's first message
 CHATS = ("conversations", "messages", "context", "conversation", "chat_history",
-         "conversation_history")  # may be the prompt, or tell it once more
+         "conversation_history", "previous_messages")  # may be the prompt, or tell it once more
+TOLD = re.compile(r"context|documents?|passage|article|persona|preamble|instructions|background|"
+                  r"options|choices|previous_messages")  # or may stand in the prompt already
 IN_ROW = re.compile(r"(image|img|video|audio)s?(_(path|url|file)s?)?|(available_)?tools|functions|"
-                    r"context|documents?|passage|article|prefix|initial_\w*steps|"
-                    r"chat_template_kwargs|reasoning_effort|\w+_history")
+                    rf"{TOLD.pattern}|prefix|initial_\w*steps|chat_template_kwargs|"
+                    r"reasoning_effort|\w+_history")
 IN_MESSAGE = re.compile(rf"{IN_ROW.pattern}|tool_calls|tool_call_id|tool_plan|function_calls?|"
                         r"thought|reasoning_content|reasoning|thinking")
 EMPTY = (None, False, "", [], {}, "[]", "{}", "null")
@@ -130,8 +132,8 @@ def context_of(row):
 
     A history of another kind becomes a message without text, which is_chat refuses.
     """
-    found = [row[name] for name in SYSTEM if row.get(name) not in EMPTY
-             and (is_text(row[name]) or not isinstance(row[name], str))]
+    found = [value for name, value in row.items() if SYSTEM.fullmatch(name) and value not in EMPTY
+             and (is_text(value) or not isinstance(value, str))]
     messages = [{"role": "system", "content": text} for i, text in enumerate(found)
                 if text not in found[:i]]
     history = row["history"] if row.get("history") not in EMPTY else []

@@ -13,8 +13,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from infra.command import BadInput, first_line, warn
-from infra.formats import (CHATS, EMPTY, IN_ROW, TURN, as_chat, as_messages, context_of, is_chat,
-                           is_text, joined, ranked_answers)
+from infra.formats import (CHATS, EMPTY, IN_ROW, TOLD, TURN, as_chat, as_messages, context_of,
+                           is_chat, is_text, joined, ranked_answers)
 
 LARGEST_SCORE = 1e38  # the gap of two scores must be finite in float32
 
@@ -226,6 +226,8 @@ def few(names):
 
 def check_input(row, where):
     """BadInput if the prompt of a canonical row lacks a part of what the model should read."""
+    if row.get("truncated_cells"):
+        raise BadInput(f"{where}: a rows API cut its texts (`truncated_cells`); download it whole")
     instruction, given = row.get("instruction"), row.get("input")
     both_text = isinstance(instruction, str) and isinstance(given, str)
     if (instruction is not None and instruction == row.get("prompt")
@@ -248,16 +250,15 @@ def in_prompt(name, row):
     if name in CHATS and is_chat(chat := as_chat(value)):
         asked = chat[:-1] if chat[-1]["role"] == "assistant" else chat
         return not asked or joined(prompt, asked) == prompt
-    if IN_ROW.fullmatch(name):
-        return value in EMPTY
     # `question` beside a `prompt` is what the judge sees.
-    is_part = name in ("instruction", "query", "input") or (
+    is_part = TOLD.fullmatch(name) or name in ("instruction", "query", "input") or (
         name == "question" and {"instruction", "query"} & row.keys())
-    if not is_part or not is_text(value):
-        return True
+    parts = value if isinstance(value, list) and TOLD.fullmatch(name) else [value]
+    if value in EMPTY or not is_part or not all(map(is_text, parts)):
+        return value in EMPTY or not IN_ROW.fullmatch(name)
     told = "\n".join(str(turn.get("content")) for turn in as_messages(prompt)
                      if isinstance(turn, dict))
-    return value.strip() in told
+    return all(part.strip() in told for part in parts)
 
 
 def check_prompt(row, where):

@@ -4,7 +4,7 @@ One rule: a block counts only where a reply begins. An answer may show the same 
 """
 import re
 
-NAMES = ("think", "thinking", "thought", "reasoning", "seed:think", "longcat_think")
+NAMES = ("think", "thinking", "thought", "reasoning", "seed:think", "longcat_think", "hy_think")
 
 # (what opens a block, what closes it), as regular expressions without groups
 FORMS = [
@@ -14,14 +14,19 @@ FORMS = [
     (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),  # Command A
     (r"<\|channel>thought\b", r"<channel\|>"),  # Gemma
     ("<unused94>thought", "<unused95>"),  # MedGemma
+    (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),  # OpenThinker, Sky-T1
+    (r"<\|think\|>", r"<\|end\|>(?:<\|begin\|>assistant)?<\|content\|>"),  # Solar Open
     # gpt-oss: several messages may come before the final one
     (r"(?:<\|start\|>assistant)?<\|channel\|>(?:analysis|commentary)(?:[^\n]{0,60}?<\|message\|>)?",
      r"(?:<\|end\|>)?(?:<\|start\|>assistant)?<\|channel\|>final[^\n]{0,60}?<\|message\|>"),
-    # Plain words, which count only behind their own opening
-    (r"analysis(?=\S(?s:.*?)assistantfinal)", "assistantfinal"),  # gpt-oss, its tokens taken out
+    # Plain words: an opening counts where its closing follows, a closing behind its opening
+    ("Here are my reasoning steps:", r"\[BEGIN FINAL RESPONSE\]"),  # Apriel, its closing a tag
+    (r"analysis(?=\S)", "assistantfinal"),  # gpt-oss, its tokens taken out
     ("Here(?:'s| is) my thought process:", "Here(?:'s| is) my response:"),  # Granite
+    (r"Thinking\.\.\.", r"\.\.\.done thinking\."),  # Ollama's command line
 ]
-TAGS = FORMS[:-2]
+FORMS = [(opening, rf"{closing}(?:\s*{closing})*") for opening, closing in FORMS]  # written twice
+TAGS, CLOSINGS = FORMS[:-4], [closing for _, closing in FORMS[:-3]]
 
 
 def any_of(patterns, before=""):
@@ -31,15 +36,18 @@ def any_of(patterns, before=""):
 
 # Where a closing tag ends a block for sure: not inside a sentence that is about the tag.
 PLACE = r"""(?m:^[ \t]*|(?<=[^\s(\[{"'`“‘«])|(?<=\S["'`”’»])|(?<=[.!?…。])[ \t]+)"""
-OPENED = any_of((opening for opening, _ in FORMS), r"\s*")
-CLOSED = any_of((closing for _, closing in TAGS), PLACE)
+OPENED = any_of((opening for opening, _ in FORMS), r"[\s\ufeff\u200b]*")
+CLOSED = any_of(CLOSINGS, PLACE)
+ALONE = any_of((rf"{closing}(?m:[ \t]*$)" for closing in CLOSINGS), r"(?m:^[ \t]*)")
 # What shows a tag instead of using it: a block of code, code in a line, quotes right around it.
 SHOWN = re.compile(r"(?ms:^[ \t]*```.*?^[ \t]*```)|`[^`\n]+`|(?<!\S)[\"'“‘«](?:"
                    + "|".join(tag for form in TAGS for tag in form) + r")[\"'”’»]",
                    re.IGNORECASE)
-# Marks of an answer itself: Command A, gpt-oss, GLM; of one after a block: Hunyuan, ERNIE
-MARKS = re.compile(r"\A\s*<\|START_(?:RESPONSE|TEXT)\|>\s*|<\|(?:begin|end)_of_box\|>|"
-                   r"\s?<\|(?:END_RESPONSE|END_TEXT|return|end)\|>\s*\Z")
+# Marks of an answer itself: Command A, Solar, GLM, end tokens; of one after a block: Hunyuan, ERNIE
+MARKS = re.compile(
+    r"\A\s*<\|(?:START_(?:RESPONSE|TEXT)|begin_of_solution|content)\|>\s*|"
+    r"<\|(?:begin|end)_of_box\|>|(?<!\s)(?:\s*(?:<[|｜][\w▁]+[|｜]>|</s>|<turn\|>|<end_of_turn>|"
+    r"<seed:eos>|\[END FINAL RESPONSE\])){1,3}\s*\Z")
 WRAPPED = re.compile(r"<(answer|response)>", re.IGNORECASE)
 
 
@@ -51,16 +59,23 @@ def split_thinking(text):
     """
     shown = SHOWN.sub(lambda part: "\0" * len(part[0]), text)
     thoughts, start = [], 0
-    while opened := OPENED.match(text, start):
-        closing, start = FORMS[opened.lastindex - 1][1], opened.end()
-        closed = find(PLACE + closing, shown, start) or find(closing, shown, start) or find(
-            rf"(?m:^[ \t]*(?:{closing})[ \t]*$)", text, start)  # a lone backtick hid it
+    while len(thoughts) < 9 and (opened := OPENED.match(text, start)):  # each may read all of it
+        (opening, closing), inside = FORMS[opened.lastindex - 1], opened.end()
+        closed = find(PLACE + closing, shown, inside) or find(closing, shown, inside) or find(
+            rf"(?m:^[ \t]*(?:{closing})[ \t]*$)", text, inside)  # an unclosed ``` hid it
+        if not closed and opened.lastindex > len(TAGS):
+            break
         if not closed:
             return text, ""
-        thoughts.append(text[start:closed.start()].strip())
+        outer = find(PLACE + opening, shown[inside:closed.start()]) and find(
+            PLACE + closing, shown, closed.end())  # of a block in a block
+        if outer and not find(opening, shown[closed.end():outer.start()]):
+            closed = outer
+        thoughts.append(text[inside:closed.start()].strip())
         start = closed.end()
-    if not thoughts and (closed := CLOSED.search(shown)):
-        opening, before = FORMS[closed.lastindex - 1][0], shown[:closed.start()]
+    one_is_open = text.count("```") % 2
+    if not thoughts and (closed := CLOSED.search(shown) or one_is_open and ALONE.search(text)):
+        opening, before = FORMS[closed.lastindex - 1][0], closed.string[:closed.start()]
         line = before.rpartition("\n")[2]
         if not (find(opening, line) or find(rf"(?m:^[ \t]*(?:{opening})|(?:{opening})$)", before)):
             thoughts, start = [text[:closed.start()].strip()], closed.end()

@@ -1,6 +1,7 @@
 """The HTTP client against servers that misbehave, reasoning models, and refused parameters."""
 import gzip
 import json
+import re
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, says
 
+import reward
 import teacher
 from infra.client import Client, add_stage_flags, chat
 from infra.command import BadInput, Parser
@@ -167,6 +169,8 @@ def test_a_base_url_with_a_query_is_refused(url):
 FENCED = "Use it:\n```xml\n<thinking>\nplan\n</thinking>\n```\nBye."
 HARMONY = ("<|channel|>analysis<|message|>x<|end|><|start|>assistant"
            "<|channel|>final<|message|>ANSWER")
+APRIEL = ("Here are my reasoning steps:\nx\n[BEGIN FINAL RESPONSE]\nA\n[END FINAL RESPONSE]\n"
+          "<|end|>")
 
 
 @pytest.mark.parametrize("text, wanted", [
@@ -187,12 +191,26 @@ HARMONY = ("<|channel|>analysis<|message|>x<|end|><|start|>assistant"
     ("<think>\nx\n</think>\n<answer>\nA\n</answer>", ("x", "A")),
     ("<think>\nx\n</think>\n<answer>\nA", ("x", "A")), ("<seed:think>x</seed:think>A", ("x", "A")),
     ("Here is my thought process: x\nHere is my response: A", ("x", "A")),
+    ("<|begin_of_thought|>\n\nx\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\nA\n\n"
+     "<|end_of_solution|>", ("x", "A")), ("\ufeff<hy_think>x</hy_think>A", ("x", "A")),
+    ("<|think|>x<|end|><|begin|>assistant<|content|>A<|end|>", ("x", "A")),
+    (APRIEL, ("x", "A")), (APRIEL.partition("\n")[2], ("x", "A")),
+    ("Thinking...\nx\n...done thinking.\n\nA", ("x", "A")), ("\u200b<think>x</think>A", ("x", "A")),
+    *(("A" + end, ("", "A")) for end in (
+        "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", "<turn|>", "<seed:eos>", "<|im_end|>\n", "</s>",
+        "\n\n<|eot_id|>", "<｜end▁of▁sentence｜>", "<end_of_turn>")),
+    # a tag written twice, a block in a block
+    ("<think>\nx\n</think>\n\n</think>\n\nA", ("x", "A")), ("x\n</think>\n</think>\nA", ("x", "A")),
+    ("<think>a<think>b</think>c</think>A", ("a<think>b</think>c", "A")),
+    ("<think>\n<think>\nx\n</think>\nA", ("<think>\nx", "A")),
+    ("<think>a<think>b</think>c\n<think>d</think>", ("a<think>b", "c\n<think>d</think>")),
     # the prompt has the opening tag
     ("I weigh it.</think>It is fair.", ("I weigh it.", "It is fair.")),
     ("I weigh it. </think> It is fair.", ("I weigh it.", "It is fair.")),
     ('He says "so"</think>"Fair."', ('He says "so"', '"Fair."')),
     ('He writes "</think>" here.</think>A', ('He writes "</think>" here.', "A")),
     ("The <think> tag is his.\n</think>\nA", ("The <think> tag is his.", "A")),
+    ("So:\n```\nx\n</think>\n\nA\n```\ny\n```", ("So:\n```\nx", "A\n```\ny\n```")),
     # a closing tag that the thoughts quote
     ("<think>He writes `</think>` here.</think>A", ("He writes `</think>` here.", "A")),
     ("<think>He writes </think> here.\n</think>\nA", ("He writes </think> here.", "A")),
@@ -201,19 +219,24 @@ HARMONY = ("<|channel|>analysis<|message|>x<|end|><|start|>assistant"
     ("<think>a ` b\n</think>\nuse `x`", ("a ` b", "use `x`")),
     # answers that show the tags
     *((text, ("", text)) for text in (
-        FENCED, FENCED.replace("```xml\n", "").replace("```\n", ""), "b <think>a</think>",
+        FENCED, FENCED + "\n```", FENCED.replace("<thinking>\n", ""),
+        FENCED.replace("```xml\n", "").replace("```\n", ""), "b <think>a</think>",
         "The tag </think> ends it.", "Close with `</think>`.", "So: <think>plan</think>. Bye",
-        "Like: <thinking>\nplan\n</thinking>\nBye.", "analysis of it", "<answer>A</answer>"))])
+        "Like: <thinking>\nplan\n</thinking>\nBye.", "analysis of it", "<answer>A</answer>",
+        "Here are my reasoning steps: one", "Thinking... it is A", "It ends <|im_end|> here."))])
 def test_split_thinking(text, wanted):
     assert split_thinking(text) == wanted
 
 
 @pytest.mark.parametrize("unit", ["<think>", "</think>", "<think></think>", " </think>", " ", "`",
-                                  "```\n", "\t<think>\n", "<|end|>", "<|channel|>final", '"'])
+                                  "```\n", "\t<think>\n", "<|end|>", "<|channel|>final", '"',
+                                  "<think> </think> ", "analysisa assistantfinal", "</s>\n", "<|a",
+                                  "<think>a</think>b</think>", "a<think>b\n</think>c",
+                                  "Here are my reasoning steps:", "\n</think>x"])
 def test_split_thinking_is_linear(unit):
     for before in ("", "<think>", "x"):
         start = time.process_time()
-        split_thinking(before + unit * (500_000 // len(unit)))
+        split_thinking(before + unit * (500_000 // len(unit)) + "x")
         assert time.process_time() - start < 3
 
 
@@ -267,6 +290,22 @@ def test_a_reply_that_the_server_broke_off_is_asked_for_again(finish, scripted):
     server = scripted(lambda path, request: says("half a text", next(finishes)))
     reply = ask(make_client(server.url, retries=1))
     assert reply.finish == "stop" and len(server.requests) == 2
+
+
+@pytest.mark.parametrize("finish", ["stop", None])
+@pytest.mark.parametrize("place", ["choice", "reply"])
+def test_half_a_text_beside_an_error_is_asked_for_again(place, finish, scripted):
+    half, error = says("half a text", finish), {"error": {"code": 502, "message": "died"}}
+    broken = half | error if place == "reply" else {"choices": [half["choices"][0] | error]}
+    answers = iter([broken, says("whole")])
+    server = scripted(lambda path, request: next(answers))
+    assert ask(make_client(server.url, retries=1)).text == "whole"
+
+
+@pytest.mark.parametrize("message, text", [
+    ({"reasoning_content": "hm", "content": "\n\nA\n"}, "A\n"), ({"content": "\nA"}, "\nA")])
+def test_the_lines_before_an_answer_go_with_its_thoughts(message, text, scripted):
+    assert ask(make_client(replies(scripted, message).url)).text == text
 
 
 @pytest.mark.parametrize("usage, wanted", [
@@ -415,22 +454,52 @@ REFUSALS = [  # (what is refused, status, reply)
                             "this model.", param="messages[0].role")),
     ({"system"}, 400, error("Developer instruction is not enabled for models/gemma-3")),
     ({"system"}, 500, error("Conversation roles must alternate user/assistant/user/assistant")),
+    (LOGPROBS, 422, {"error": "Input validation error: `top_n_tokens` must be >= 0 and <= 5. "
+                              "Given: 10", "error_type": "validation"}),
+    *((LOGPROBS, 400, error(message)) for message in (
+        "top_logprobs: maximum is 5, got 10", "topLogprobs out of bounds",
+        "Malformed input request: #: extraneous key [top_logprobs]")),
+    (LOGPROBS, 404, error("No endpoints found that can handle the requested parameters.")),
+    (LOGPROBS | {"seed"}, 404, error("No endpoints found that can handle the requested "
+                                     "parameters.")),
+    ({"seed"}, 404, error("No endpoints found for the requested parameters: seed")),
+    *(({"temperature"}, 400, error(message)) for message in (
+        "temperature参数非法。请检查文档。", "参数 temperature 只能为 1", "不支持temperature",
+        "This model does not support sampling parameters")),
+    *(({"response_format"}, 400, error(message)) for message in (
+        "Unknown name \"additionalProperties\" at 'generation_config.response_schema'",
+        "JSON schema mode is not supported with this model.", "JSON mode is not enabled",
+        "guided decoding is not supported with speculative decoding",
+        "'m' does not support output format.",
+        "input_schema.properties: Property keys should match pattern '^[a-z]{1,64}$'")),
+    ({"max_tokens"}, 400, error("this model is not supported MaxTokens, please use "
+                                "MaxCompletionTokens")),
+    *(({"system"}, 400, error(message)) for message in (
+        "messages.0.role: Input should be 'user' or 'assistant'", "messages 参数非法。不支持system角色",
+        "Only user and assistant roles are supported!", "First message must be from user",
+        "Conversation must start with a user message")),
+    ({"system"}, 422, {"detail": [{"type": "literal_error", "loc": ["body", "messages", 0, "role"],
+                                   "msg": "Input should be 'user' or 'assistant'"}]}),
 ]
 
 
 @pytest.mark.parametrize("names, status, reply", REFUSALS)
 def test_a_refused_parameter_is_left_out_and_nothing_else(names, status, reply, refusing, capsys):
-    last = "response_format" if "response_format" in names else min(names)
+    """A status of 5xx is believed the second time."""
+    last = max(names - BOUNDS - LOGPROBS or names, key=len)
+    more = status >= 500
     server = refusing(lambda request: (status, reply) if f'"{last}"' in json.dumps(request)
                       else None)
-    client = make_client(server.url)
-    assert ask_all(client).text == "fine" and set(client.refused) == names
+    client = make_client(server.url, retries=1)
+    reply = ask_all(client)
+    assert reply.text == "fine" and set(client.refused) == names
+    assert reply.left_out == sorted(names & {"temperature", "seed", "response_format"})
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == len(server.requests) - 1 == (2 if len(names) == 3 else 1)
+    assert len(lines) == len(server.requests) - 1 - more == (2 if len(names) == 3 else 1)
     assert all("the server does not take `" in line for line in lines)
     assert ask_all(client).text == "fine" and capsys.readouterr().err == ""
     first, sent = server.requests[0], server.requests[-1]
-    assert server.requests[-2] == sent and client.counts["retries"] == 0  # learned
+    assert server.requests[-2] == sent and client.counts["retries"] == more  # learned
     for name in first.keys() - names - {"messages", "response_format"}:
         assert sent[name] == first[name]
     if "max_tokens" in names:
@@ -454,6 +523,28 @@ def test_several_refused_parameters_are_left_out_one_at_a_time(refusing, capsys)
     assert [ask_all(client).text for _ in range(3)] == ["fine"] * 3
     assert len(server.requests) == 6 and len(capsys.readouterr().err.splitlines()) == 3
     assert set(client.refused) == {"max_tokens", "temperature", "seed"}
+
+
+def test_a_busy_server_that_repeats_the_request_refuses_nothing(refusing, capsys):
+    busy = error('No healthy upstream; request was: {"temperature": 0, "seed": 1}')
+    server = refusing(lambda request: (503, busy) if len(server.requests) == 1 else None)
+    client = make_client(server.url, retries=1)
+    assert ask_all(client).left_out == [] and client.refused == {}
+    assert server.requests[0] == server.requests[1] and capsys.readouterr().err == ""
+
+
+def test_a_row_says_what_the_server_did_not_take(refusing):
+    """Of the teacher's replies and the judge's alike; log-probabilities shape no answer."""
+    server = refusing(lambda request: next(
+        ((400, error(f"Unsupported parameter: {name}")) for name in ("temperature", "logprobs")
+         if name in request), None))
+    task, client = load_task(f"{ROOT}/toy/task.toml"), make_client(server.url)
+    args = SimpleNamespace(model="m", max_tokens=9, temperature=0.7, samples=2, verdict_retries=0,
+                           json_verdicts=False)
+    row = teacher.self_critique(client, task, args, {"prompt": "q"})
+    assert row["teacher"]["left_out"] == [["temperature"]] * 3
+    judge = reward.score_row(client, task, args, row)["judge"]
+    assert [reply["left_out"] for reply in sum(judge.values(), [])] == [["temperature"]] * 4
 
 
 @pytest.mark.parametrize("status, reply, is_own", [
@@ -484,6 +575,17 @@ def test_one_refusal_after_replies_is_one_rows_failure(status, refusing):
     assert ask(client).text == "fine" and not caught.value.is_own
     with pytest.raises(BadInput if status != 498 else RowFailed):  # before any reply
         ask(make_client(refusing(lambda request: (status, {})).url))
+
+
+def test_a_long_wait_is_said_once(refusing, monkeypatch, capsys):
+    monkeypatch.setattr("infra.client.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("infra.client.retry_after", lambda header: 3000)
+    client = make_client(refusing(lambda request: (429, "later")).url, retries=2)
+    for _ in range(2):
+        with pytest.raises(RowFailed, match="answered 429"):
+            ask(client)
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.fullmatch("warning: .* answered 429: later; waiting 3[0-3].. s [(]said once[)]", line)
 
 
 def test_retry_after_0_keeps_the_own_wait(raw, monkeypatch):

@@ -52,6 +52,14 @@ def parts(*texts):
     ({"system": "", "history": [], "tools": "[]", "images": None, "prompt": "q"} | ANSWERS, "q"),
     ({"instruction": "q2", "history": [["q1", "a1"]], "system": "Be kind."} | ANSWERS,
      [KIND, user("q1"), assistant("a1"), user("q2")]),
+    *(({name: "Be kind.", "prompt": "q"} | ANSWERS, [KIND, user("q")])
+      for name in ("System", "system prompt", "systemPrompt", "system_msg", "SYSTEM-MESSAGE")),
+    # What else a model should read may stand in the prompt.
+    ({"prompt": "Tea: a, b?", "context": "Tea", "options": ["a", "b"], "persona": ""} | ANSWERS,
+     "Tea: a, b?"),
+    ({"prompt": [user("q"), assistant("a"), user("q2")], "previous_messages": [
+        user("q"), assistant("a"), user("q2")]} | ANSWERS, [user("q"), assistant("a"), user("q2")]),
+    ({"prompt": "q", "truncated_cells": []} | ANSWERS, "q"),
     # Transcripts, also beside a prompt.
     ({"prompt": "\n\nHuman: hello\n\nAssistant:"} | ANSWERS, [user("hello")]),
     ({"prompt": HH} | ANSWERS, [user("q1"), assistant("a1"), user("q2")]),
@@ -119,6 +127,10 @@ def test_what_others_write_becomes_ours(row, prompt):
     ({"prompt": "q", "tools": [{"type": "function"}]} | ANSWERS, "`tools` changes"),
     ({"prompt": "q", "images": ["a.png"]} | ANSWERS, "`images` changes"),
     ({"prompt": "q", "context": "Tea is hot."} | ANSWERS, "`context` changes"),
+    *(({"prompt": "q", name: "Tea is hot."} | ANSWERS, f"`{name}` changes") for name in (
+        "persona", "preamble", "instructions", "background", "options", "previous_messages")),
+    ({"prompt": "q or a", "choices": ["a", "b"]} | ANSWERS, "`choices` changes"),
+    ({"prompt": "q", "truncated_cells": ["prompt"]} | ANSWERS, "cut its texts"),
     ({"prompt": "q", "chat_template_kwargs": {"enable_thinking": False}} | ANSWERS,
      "`chat_template_kwargs` changes"),
     ({"prompt": [user("q")], "chosen": [assistant("a") | {"tool_calls": [{"id": 1}]}],

@@ -14,7 +14,7 @@ from conftest import ROOT, read_lines
 
 import data
 from infra import command
-from infra.fetch import draw_prompts, parse_pages
+from infra.fetch import draw_prompts, parse_pages, reason_to_skip
 from infra.formats import canonical
 from infra.task import load_task
 
@@ -489,6 +489,8 @@ TORN = {
         ("roleplay", '{"rows": ["a"], "num_rows_total": 1}', "not a page of a rows API"),
     "rows, an empty list": ("roleplay", "[]", "not a page of a rows API"),
     "rows, no total": ("roleplay", '{"rows": [{"row": {}}]}', "not a page of a rows API"),
+    "rows, the first part of a large dataset":
+        ("roleplay", '{"rows": [], "num_rows_total": 1, "partial": true}', "a part of its dataset"),
     "rows, a total in words":
         ("roleplay", '{"rows": [], "num_rows_total": "many"}', "not a page of a rows API"),
 }
@@ -576,7 +578,8 @@ def test_a_cut_cell_is_skipped_by_name_and_a_system_message_goes_on():
                      {"row": {"q": "What is tea?", "a": "y..."}, "truncated_cells": ["a"]},
                      {"row": {"q": "Why?", "system": "Be kind."}, "truncated_cells": []},
                      {"row": {"q": "Why?", "system": "Be terse."}},
-                     {"row": {"q": "Why?", "system": "Be kind."}}], "num_rows_total": 5}
+                     {"row": {"q": "Why?", "System Prompt": "Be kind."}}],
+            "num_rows_total": 5, "partial": False}
     rows, _ = parse_pages(json.dumps(page), "pages")
     training, held_out, skipped = draw_prompts(rows, source, [], 0, None)
     cut = "`q` is cut by the rows API; download the whole rows and use --source"
@@ -587,3 +590,14 @@ def test_a_cut_cell_is_skipped_by_name_and_a_system_message_goes_on():
         ["What is tea?", *([{"role": "system", "content": text},
                             {"role": "user", "content": "Why?"}]
                            for text in ("Be kind.", "Be terse."))], key=str)
+
+
+@pytest.mark.parametrize("name", ["q", "who", "system prompt", "by", "kind", "full", "bad"])
+def test_a_row_with_any_cut_cell_that_is_read_is_skipped(name):
+    source = dataclasses.replace(
+        load_task(task_path("safety")).prompts, question="q", persona="who.0", group="by",
+        keep_equal={"kind": "text"}, keep_filled=["full"], drop_containing={"bad": "no"})
+    row = {"q": "q", "who": ["w"], "by": "b", "kind": "text", "full": "f", "bad": "x",
+           "system prompt": "s", "other": "o"}
+    assert reason_to_skip(row | {"truncated_cells": ["other"]}, source) is None
+    assert "is cut by the rows API" in reason_to_skip(row | {"truncated_cells": [name]}, source)
