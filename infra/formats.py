@@ -4,18 +4,20 @@ Nothing is refused here: what cannot be read stays as it is, and infra/rows.py n
 and 2 run on machines without a GPU stack, so nothing here imports torch.
 """
 import json
+import math
 import re
 
 # Our name -> what others call it: the files of the method's author, and common hub datasets.
 ALIASES = {
     "prompt": ("instruction", "question", "query", "input"),
-    "chosen": ("response_revised", "summary_after", "chosen_response", "response_chosen"),
-    "rejected": ("response", "response_persona", "summary_pre", "rejected_response",
-                 "response_rejected"),
-    "score_chosen": ("score_response_revised", "score_revised", "scores_after",
-                     "chosen_score", "chosen_rating", "chosen-rating"),
-    "score_rejected": ("score_response", "score_persona", "scores_pre",
-                       "rejected_score", "rejected_rating", "rejected-rating"),
+    # First those that say which answer they are: `response` beside them is another one.
+    "chosen": ("chosen_response", "response_chosen", "response_revised", "summary_after"),
+    "rejected": ("rejected_response", "response_rejected", "response", "response_persona",
+                 "summary_pre"),
+    "score_chosen": ("chosen_score", "chosen_rating", "chosen-rating", "score_response_revised",
+                     "score_revised", "scores_after"),
+    "score_rejected": ("rejected_score", "rejected_rating", "rejected-rating", "score_response",
+                       "score_persona", "scores_pre"),
 }
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
 # Keys that change what the model reads. Rows with one that is not read here are refused.
@@ -23,11 +25,14 @@ SYSTEM = re.compile(r"system|sys(tem)?[ _-]?(prompt|message|msg|instructions?)|d
                     re.IGNORECASE)  # becomes the prompt's first message
 CHATS = ("conversations", "messages", "context", "conversation", "chat_history",
          "conversation_history", "previous_messages")  # may be the prompt, or tell it once more
-TOLD = re.compile(r"context|documents?|passage|article|persona|preamble|instructions|background|"
-                  r"options|choices|previous_messages")  # or may stand in the prompt already
-IN_ROW = re.compile(r"(image|img|video|audio)s?(_(path|url|file)s?)?|(available_)?tools|functions|"
-                    rf"{TOLD.pattern}|prefix|initial_\w*steps|chat_template_kwargs|"
-                    r"reasoning_effort|\w+_history")
+TOLD = re.compile(r"contexts?|ctxs|documents?|(retrieved_)?passages?|article|paragraphs?|premise|"
+                  r"search_results|schema|persona|preamble|instructions|background|options|choices|"
+                  r"few_shot|dialog(ue)?s?|turns|past_turns|trajectory|previous_messages"
+                  )  # or may stand in the prompt already
+IN_ROW = re.compile(r"(image|img|picture|video|audio)s?(_(path|url|file|base64)s?)?|"
+                    r"((available_)?tools?|functions?|apis)(_definitions)?|"
+                    rf"{TOLD.pattern}|(prompt_)?prefix|suffix|initial_\w*steps|"
+                    r"chat_template_kwargs|reasoning_effort|\w+_history")
 IN_MESSAGE = re.compile(rf"{IN_ROW.pattern}|tool_calls|tool_call_id|tool_plan|function_calls?|"
                         r"thought|reasoning_content|reasoning|thinking")
 EMPTY = (None, False, "", [], {}, "[]", "{}", "null")
@@ -58,14 +63,18 @@ def canonical(row, names=None):
             row["prompt"] = chat
             names.append(f"`{other}` as `prompt`")
     if isinstance(row.get("metadata"), dict):
-        for name in ("score_chosen", "score_rejected"):
-            if name not in row and name in row["metadata"]:
+        both = ("score_chosen", "score_rejected")
+        for name in both if not row.keys() & {*both} else ():  # never one from each place
+            if name in row["metadata"]:
                 row[name] = row["metadata"][name]
                 names.append(f"`metadata.{name}` as `{name}`")
     join_chats(row, names)
     before, prompt = context_of(row), as_messages(row.get("prompt"))
     if is_chat(before) and is_chat(prompt) and prompt[:len(before)] != before:
         if prompt[0]["role"] == "user":
+            said = [turn for turn in before if turn["role"] != "system"]
+            if prompt[:len(said)] == said:  # of the two only `system` is missing
+                before = before[:len(before) - len(said)]
             row["prompt"] = before + prompt
             names.append("`system` or `history` before `prompt`")
     return row
@@ -87,7 +96,8 @@ def ranked_answers(row):
         answers = row["answers"] if isinstance(row.get("answers"), list) else []
         ranked = [(one.get("rank"), one.get("answer")) if isinstance(one, dict) else (None, one)
                   for one in answers]
-    return name, ranked if all(type(rank) in (int, float) for rank, _ in ranked) else []
+    return name, ranked if all(type(rank) in (int, float) and math.isfinite(rank)
+                               for rank, _ in ranked) else []
 
 
 def join_chats(row, names):
@@ -172,6 +182,9 @@ def as_chat(value):
         return chat if is_chat(chat) else value
     chat = [value] if isinstance(value, dict) else value
     is_list = isinstance(chat, list) and chat and all(isinstance(turn, dict) for turn in chat)
+    if is_list and all({"input", "output"} <= turn.keys() for turn in chat):  # Capybara
+        chat = [{"role": role, "content": turn[name]} for turn in chat
+                for role, name in (("user", "input"), ("assistant", "output"))]
     chat = [as_message(turn) for turn in chat] if is_list else []
     said = [turn for turn in chat if turn["role"] != "system" or turn["content"] not in EMPTY]
     return said or value

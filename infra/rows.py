@@ -247,15 +247,19 @@ def check_input(row, where):
 def in_prompt(name, row):
     """Whether the prompt of a row holds all that this key of the row may tell the model."""
     value, prompt = row[name], row.get("prompt")
+    if value in EMPTY or isinstance(value, (int, float)):
+        return True
     if name in CHATS and is_chat(chat := as_chat(value)):
         asked = chat[:-1] if chat[-1]["role"] == "assistant" else chat
         return not asked or joined(prompt, asked) == prompt
+    if name in CHATS and not TOLD.fullmatch(name):  # in a form that is not read
+        return False
     # `question` beside a `prompt` is what the judge sees.
     is_part = TOLD.fullmatch(name) or name in ("instruction", "query", "input") or (
         name == "question" and {"instruction", "query"} & row.keys())
     parts = value if isinstance(value, list) and TOLD.fullmatch(name) else [value]
-    if value in EMPTY or not is_part or not all(map(is_text, parts)):
-        return value in EMPTY or not IN_ROW.fullmatch(name)
+    if not is_part or not all(map(is_text, parts)):
+        return not IN_ROW.fullmatch(name)
     told = "\n".join(str(turn.get("content")) for turn in as_messages(prompt)
                      if isinstance(turn, dict))
     return all(part.strip() in told for part in parts)

@@ -1,6 +1,7 @@
 """Row formats of others: what each becomes, written out by hand, and what is refused."""
 import copy
 import json
+import math
 
 import pytest
 
@@ -78,6 +79,14 @@ def parts(*texts):
       "chosen": {"from": "gpt", "value": "good"}, "rejected": {"from": "gpt", "value": "bad"}},
      [KIND, user("q")]),
     ({"messages": [user("q")]} | ANSWERS, [user("q")]),
+    # Capybara's turns, with and beside a prompt
+    ({"conversation": [{"input": "q1", "output": "a1"}, {"input": "q2", "output": "good"}],
+      "prompt": [user("q1"), assistant("a1"), user("q2")]} | ANSWERS,
+     [user("q1"), assistant("a1"), user("q2")]),
+    ({"prompt": "q", "turns": 2, "tools": 0} | ANSWERS, "q"),
+    ({"system": "Be kind.", "history": [["q1", "a1"]],
+      "prompt": [user("q1"), assistant("a1"), user("q2")]} | ANSWERS,
+     [KIND, user("q1"), assistant("a1"), user("q2")]),
     # Text before a transcript is no turn: the whole stays text.
     ({"prompt": "You are kind." + HH} | ANSWERS, "You are kind." + HH),
     ({"messages": [KIND, user("q"), assistant("good")], "prompt": [KIND, user("q")]} | ANSWERS,
@@ -128,7 +137,19 @@ def test_what_others_write_becomes_ours(row, prompt):
     ({"prompt": "q", "images": ["a.png"]} | ANSWERS, "`images` changes"),
     ({"prompt": "q", "context": "Tea is hot."} | ANSWERS, "`context` changes"),
     *(({"prompt": "q", name: "Tea is hot."} | ANSWERS, f"`{name}` changes") for name in (
-        "persona", "preamble", "instructions", "background", "options", "previous_messages")),
+        "persona", "preamble", "instructions", "background", "options", "previous_messages",
+        "schema", "dialogue", "turns", "trajectory", "contexts", "ctxs", "paragraph", "premise",
+        "suffix", "prompt_prefix", "retrieved_passages", "search_results", "tool", "function",
+        "apis", "tool_definitions", "image_base64", "picture")),
+    *(({"prompt": "q2", name: chat} | ANSWERS, f"`{name}` changes") for name, chat in (
+        ("conversation", [{"input": "q1", "output": "a1"}, {"input": "q2", "output": "a2"}]),
+        ("conversations", [{"from": "observation", "value": "q1"}]),
+        ("messages", [user("q1"), {"role": "tool", "content": "r"}, user("q2")]),
+        ("messages", ["q1", "q2"]))),
+    ({"prompt": "q", "answers": [{"answer": "a", "rank": math.nan}, {"answer": "b", "rank": 1}]},
+     "no `chosen`"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 5, "metadata":
+      {"score_chosen": 1, "score_rejected": 4}}, "no `score_rejected`"),
     ({"prompt": "q or a", "choices": ["a", "b"]} | ANSWERS, "`choices` changes"),
     ({"prompt": "q", "truncated_cells": ["prompt"]} | ANSWERS, "cut its texts"),
     ({"prompt": "q", "chat_template_kwargs": {"enable_thinking": False}} | ANSWERS,
@@ -171,7 +192,17 @@ def test_what_others_write_becomes_ours(row, prompt):
 ], ids=lambda value: str(value)[:60])
 def test_what_cannot_be_read_whole_is_refused(row, why):
     with pytest.raises(BadInput, match=f"^x:1: .*{why}"):
-        check_pair(canonical(row), "x:1", False)
+        check_pair(canonical(row), "x:1", needs_scores="score_chosen" in row)
+
+
+@pytest.mark.parametrize("row", [
+    {"response": "x", "chosen_response": "good", "rejected_response": "bad"},
+    {"response": "x", "response_chosen": "good", "response_rejected": "bad"},
+    {"summary_pre": "x", "chosen_response": "good", "rejected_response": "bad"}])
+def test_names_that_say_which_answer_they_are_come_first(row):
+    scores = {"score_response": 9, "chosen_score": 5, "rejected_score": 1}
+    found = check_pair(canonical({"prompt": "q"} | row | scores), "x:1", True)
+    assert found[1:4] == ("good", "bad", [5.0, 1.0])  # it was "x" and 9
 
 
 @pytest.mark.parametrize("value", [None, 5, [], {}, "text", [5], [[]], [{}], {"a": 1}, "[{", "{}",
