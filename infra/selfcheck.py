@@ -53,10 +53,7 @@ BY_COLUMN = ("attention_chunk_size", "attn_temperature_tuning", "attention_types
 
 
 def reads_columns(policy):
-    """What in a model goes by the columns of a row, whatever the mask says, or "".
-
-    So do states and convolutions. In 16 bits a trial may take their effect for rounding.
-    """
+    """What in a model goes by columns, not by the mask; 16 bits may hide it from a trial. Or ""."""
     config = policy.config.get_text_config()
     known, kinds = config.to_dict(), {*(getattr(config, "layer_types", None) or ())}
     found = [f"its config has {name}" for name in BY_COLUMN if known.get(name)]
