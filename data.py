@@ -121,8 +121,10 @@ class Pair:
 
     @property
     def names(self):
-        """What it may share with siblings, which the split keeps together: prompt or group."""
-        names = tuple(self.prompt_ids), json.dumps(as_messages(self.prompt)), self.group
+        """What siblings share, which the split keeps together: prompt, first question or group."""
+        messages = as_messages(self.prompt)
+        asked = [m["content"] for m in messages if m["role"] == "user"] or [json.dumps(messages)]
+        names = tuple(self.prompt_ids), (asked[0].strip().lower(),), self.group
         return [name for name in names if name is not None]
 
     @property
@@ -328,7 +330,7 @@ def main(argv=None):
         check_judges(pairs)
     except BadInput as error:
         print(f"\nwith --loss rdpo or dsc train.py would stop at {error}")
-    note = template_note(tokenizer, pairs[0].prompt)
+    note = template_note(tokenizer)
     if note:
         print("\n" + note)
 

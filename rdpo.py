@@ -144,7 +144,8 @@ def sequence_logps(model, batch):
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (R, L, D)
     hidden = hidden.flatten(0, 1).index_select(0, batch.hidden_index)  # (N, D)
     head = model.get_output_embeddings()
-    logps = TokenLogps.apply(hidden, head.weight, head.bias, batch.targets,
+    # In 16 bits the last states of some models (Mamba) are float32 all the same.
+    logps = TokenLogps.apply(hidden.to(head.weight.dtype), head.weight, head.bias, batch.targets,
                              *logit_scaling(model))  # (N,)
     return torch.stack([answer.sum() for answer in logps.split(batch.answer_lengths)])  # (2B,)
 

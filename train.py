@@ -379,10 +379,11 @@ def load_train_val(args, tokenizer):
     if loss.needs_scores:
         check_judges(pairs + val_pairs)
     if args.eval_data:
-        train_prompts = {tuple(pair.prompt_ids) for pair in pairs}
-        seen = sum(tuple(pair.prompt_ids) in train_prompts for pair in val_pairs)
+        names = {name for pair in pairs for name in pair.names}
+        seen = sum(not names.isdisjoint(pair.names) for pair in val_pairs)
         if seen:
-            warn(f"{seen} of {len(val_pairs)} pairs of --eval_data have a prompt of --data")
+            warn(f"{seen} of {len(val_pairs)} pairs of --eval_data have a prompt of --data, its "
+                 "first question or its group")
     else:
         pairs, val_pairs = split_train_val(pairs, args.eval_share, args.seed)
     if args.loss == "dsc":  # trains only on revisions that scored higher
@@ -392,7 +393,7 @@ def load_train_val(args, tokenizer):
     if not pairs or not val_pairs:
         raise BadInput(f"--data: {len(pairs)} pairs to train on and {len(val_pairs)} for "
                        "validation; give more rows, or --eval_data")
-    note = template_note(tokenizer, pairs[0].prompt)
+    note = template_note(tokenizer)
     if note:
         print(note)
     if args.loss == "rdpo" and all(pair.lean == 0 for pair in pairs):

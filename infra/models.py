@@ -125,6 +125,8 @@ def load_model(model, dtype=torch.float32, kind=AutoModelForCausalLM, flag="--mo
     except Exception as error:
         raise BadInput(f"{flag} {model}: cannot be loaded ({first_line(error)}); "
                        f"{flag} takes a model folder or a hub id") from error
+    if loaded.config.model_type != config.model_type:
+        warn(f"{flag} {model}: only the text model of this {config.model_type} is loaded and saved")
     missing = sorted(found["missing_keys"])  # transformers would make them up at random
     if missing:
         raise BadInput(f"{flag} {model}: its files lack {len(missing)} of the weights, such as "

@@ -20,6 +20,8 @@ import infra.distributed as ranks
 from infra.command import BadInput, first_line
 from infra.files import make_folder, writing
 
+VERSION = 2  # Raise it when a mended program computes other values than before, for any model.
+
 
 class ReferenceCache:
     """The reference's summed log-probability of each answer, in a safetensors file."""
@@ -114,5 +116,5 @@ def fingerprint(model, computed_as):
         weights = hashlib.sha256(b"".join(pool.map(digest, tensors))).hexdigest()
     config = {key: value for key, value in model.config.to_dict().items()
               if key not in ("_name_or_path", "transformers_version")}
-    parts = [weights, config, computed_as, model.config._attn_implementation]
+    parts = [VERSION, weights, config, computed_as, model.config._attn_implementation]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

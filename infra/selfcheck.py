@@ -1,4 +1,5 @@
 """Checks of the fast path against the slow one, and of the policy against its reference."""
+import dataclasses
 import itertools
 import math
 
@@ -12,7 +13,7 @@ from infra.packing import batch_tokens, longest_row
 
 # How far a token's log-probability may move when other rows share its batch: (bias, noise).
 # Over N tokens bias grows with N, noise with sqrt(N). (SmolLM2-135M in bfloat16: noise 0.06 per
-# token, at most 0.14.) A wrong mask or a stale cache is off by tens of nats.
+# token, at most 0.19.) A wrong mask or a stale cache is off by tens of nats.
 ROUNDING = {torch.float32: (1e-5, 0.0), torch.bfloat16: (5e-3, 0.5), torch.float16: (1e-3, 0.06)}
 
 
@@ -51,15 +52,26 @@ def check_lengths(policy, longest, args):
 BY_COLUMN = ("attention_chunk_size", "attn_temperature_tuning", "attention_types", "window_size")
 
 
+def reads_columns(policy):
+    """What in a model goes by columns, not by the mask; 16 bits may hide it from a trial. Or ""."""
+    config = policy.config.get_text_config()
+    known, kinds = config.to_dict(), {*(getattr(config, "layer_types", None) or ())}
+    found = [f"its config has {name}" for name in BY_COLUMN if known.get(name)]
+    found += ["its config has alibi"] * ("'alibi': True" in str(known))  # MPT's is one level down
+    found += [f"{kind} layers" for kind in sorted(kinds - {"full_attention", "sliding_attention"})]
+    found += ["its layers have states"] * (not kinds and policy._is_stateful)  # RWKV
+    return (found or [""])[0]
+
+
 @torch.no_grad()
 def can_share_prefix(policy, pairs, args, fast_logps, plain_logps):
     """Whether the model can read whole pairs [prompt | chosen | rejected ...] in one sequence.
 
     Decided by trying it, because architectures differ in how they take masks and positions: on the
     longest pair that fits beside the shortest, on the longest of all, and on as many as a batch
-    holds in one sequence. plain_logps(policy, pairs) gives (2B,) from the model's own logits,
-    fast_logps(pairs, share_prefix) from one of the two layouts. BadInput if the layout with one
-    answer per row is wrong too, or a row is too long for the model.
+    holds in one sequence; not if reads_columns knows of a reason. plain_logps(policy, pairs) gives
+    (2B,) from the model's own logits, fast_logps(pairs, share_prefix) from one of the two layouts.
+    BadInput if the layout with one answer per row is wrong too, or a row is too long for the model.
     """
     for pair in pairs:
         check_ids(policy, sum(pair.answers, pair.prompt_ids), pair.where)
@@ -81,8 +93,13 @@ def can_share_prefix(policy, pairs, args, fast_logps, plain_logps):
     check_equal(f"--model {policy.name_or_path}: log-probabilities from hidden states and from the "
                 "model's own logits", separate, plain, tokens(tried), dtype,
                 "an architecture that changes its logits after the output head is not supported")
-    known = vars(policy.config.get_text_config())
-    reason = next((f"its config has {name}" for name in BY_COLUMN if known.get(name)), "")
+    # The longest pair's plain logits might not fit: without padding its rows count as right.
+    longest, short = by_length[-1], min(by_length[-1].answers, key=len)
+    alone = dataclasses.replace(longest, chosen_ids=short, rejected_ids=short)
+    check_equal(f"--model {policy.name_or_path}: log-probabilities with and without padding",
+                fast_logps([longest], False)[[longest.answers.index(short)]],
+                fast_logps([alone], False)[:1], [len(short)], dtype, "lower --max_length")
+    reason = reads_columns(policy)
     try:
         for group in [] if reason else (tried, by_length[-1:], full or tried):
             check_equal("log-probabilities of shared and separate rows", fast_logps(group, True),
@@ -107,7 +124,7 @@ def check_step_0(pairs, values, args, cache_path):
     rewards = torch.stack([values["rewards/chosen"], values["rewards/rejected"]], 1)  # (B, 2)
     for pair, log_ratios in zip(pairs, rewards.cpu() / args.beta):
         check_equal(f"{pair.where}: at step 0 the log-probabilities of policy and cached reference",
-                    log_ratios, torch.zeros(2), [longest_row(pair)] * 2,
+                    log_ratios, torch.zeros(2), [*map(len, pair.answers)],
                     getattr(torch, args.dtype), f"delete {cache_path}")
 
 

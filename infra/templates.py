@@ -55,8 +55,9 @@ def pin_date(tokenizer, day):
 
 @functools.cache
 def added_tokens(tokenizer):
-    """A regular expression for any token that was added to the vocabulary."""
-    tokens = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    """A regular expression for any token that was added to the vocabulary, but line breaks."""
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values()
+              if token.content.strip()]
     return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
 
 
@@ -110,13 +111,15 @@ def answer_text(tokenizer, prompt, before, answer):
         turn, ended, _ = finished_turn(tokenizer, prompt, before, answer).partition(end)
         turn = turn if ended else turn.rstrip()
         *thoughts, said = re.split("</?think>", answer)
-        opened = (before + turn).count("<think>") - before.count("<think>")
+        opened_again = turn.count("<think>") > max(1, answer.count("<think>"))
         # Some templates render a finished turn differently: then the answer stays as it is.
-        if turn.rstrip().endswith(said.strip()) and opened <= 1 and all(
+        if turn.rstrip().endswith(said.strip()) and not opened_again and all(
                 thought.strip() in turn for thought in thoughts):
             text = turn
         elif before.rstrip().endswith("<think>"):  # the prompt has opened the thoughts already
             text = text.lstrip().removeprefix("<think>").lstrip()
+            if "</think>" not in text:  # it would be a thought that never ends
+                text = "\n</think>\n\n" + text
     return text + end
 
 
@@ -135,15 +138,16 @@ def finished_turn(tokenizer, prompt, before, answer):
     return ""
 
 
-def template_note(tokenizer, prompt):
+def template_note(tokenizer):
     """A line about a chat template that renders an answer otherwise than it asks for one, or "".
 
     Thinking templates do: a finished answer gets an empty block that the student learns to write.
     """
     if not tokenizer.chat_template:
         return "template: the tokenizer has none; an empty line ends a prompt, eos an answer"
-    answer, before = "An answer.", prompt_text(tokenizer, prompt)
-    whole = render(tokenizer, as_messages(prompt) + [{"role": "assistant", "content": answer}])
+    # No row's prompt: Mistral's leaves out a system message of a finished turn.
+    answer, before = "An answer.", prompt_text(tokenizer, "Hi.")
+    whole = render(tokenizer, as_messages("Hi.") + [{"role": "assistant", "content": answer}])
     same = len(os.path.commonprefix([before, whole]))
     asked, rendered = before[same:], whole[same:].partition(answer)[0]
     if asked.strip() == rendered.strip():

@@ -366,9 +366,11 @@ def test_validation_rows_that_are_also_trained_on(run_train, write_rows, tmp_pat
     os.symlink(path, tmp_path / "link.jsonl")
     for same in (path, tmp_path / "." / "rows.jsonl", tmp_path / "link.jsonl"):
         assert_one_line(run_train("--data", path, "--eval_data", same), "--eval_data", "--data")
-    other = write_rows(rows_with(30)[:3] + rows_with(5, prompt="Another."), "other.jsonl")
-    code, _, err = run_train("--data", path, "--eval_data", other, "--max_steps", 1)
-    assert code == 0 and "7 of 8 pairs of --eval_data have a prompt of --data" in err
+    grouped = write_rows([row | {"group": 1} for row in rows_with(30)])
+    other = write_rows(rows_with(30)[:3] + rows_with(5, prompt="Another.")
+                       + rows_with(1, prompt="A third.", group=1), "other.jsonl")
+    code, _, err = run_train("--data", grouped, "--eval_data", other, "--max_steps", 1)
+    assert code == 0 and "8 of 9 pairs of --eval_data have a prompt of --data, its " in err
 
 
 @pytest.mark.parametrize("flag", ["--out_dir", "--ref_cache_dir"])

@@ -303,7 +303,8 @@ def test_prompt_ids_are_a_prefix_and_one_end_of_turn_closes_the_answer(tokenizer
     assert sum(token in control for token in pair.chosen_ids) == 1
     text = tokenizer.decode(pair.prompt_ids + pair.chosen_ids)
     assert text.startswith(prompt_text)
-    assert text[len(prompt_text):].removesuffix("<|im_end|>").strip() == answer.strip()
+    said = text[len(prompt_text):].removesuffix("<|im_end|>").removeprefix("\n</think>\n")
+    assert said.strip() == answer.strip()
 
 
 def test_an_answer_that_the_template_rewrites_is_trained_as_it_is(tokenizer):
@@ -322,13 +323,13 @@ def test_template_kwargs_become_defaults_that_a_saved_tokenizer_keeps(tokenizer,
     thinking = load_tokenizer(str(tmp_path))
     assert data.prompt_text(thinking, "Hi.") == asked
     assert answered(thinking, "Hi.", "Yes.") == EMPTY_BLOCK + "Yes.<|im_end|>"
-    assert repr(EMPTY_BLOCK) in data.template_note(thinking, "Hi.")
+    assert repr(EMPTY_BLOCK) in data.template_note(thinking)
 
     load_tokenizer(str(tmp_path), {"enable_thinking": False}).save_pretrained(tmp_path / "saved")
     without = load_tokenizer(str(tmp_path / "saved"))
     assert data.prompt_text(without, "Hi.") == asked + EMPTY_BLOCK
     assert answered(without, "Hi.", "Yes.") == "Yes.<|im_end|>"
-    assert data.template_note(without, "Hi.") == ""
+    assert data.template_note(without) == ""
     messages = [{"role": "user", "content": "Hi."}]  # whoever asks may still choose
     assert without.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
                                        enable_thinking=True) == asked
@@ -343,15 +344,15 @@ def test_template_kwargs_become_defaults_that_a_saved_tokenizer_keeps(tokenizer,
 @pytest.mark.parametrize("template", [CHATML, TRIMMING, CLOSING, NO_END])
 def test_templates_that_ask_as_they_render_have_no_note(tokenizer, template):
     tokenizer.chat_template = template
-    assert data.template_note(tokenizer, "Hi.") == ""
+    assert data.template_note(tokenizer) == ""
     tokenizer.chat_template = None
-    assert "an empty line ends a prompt" in data.template_note(tokenizer, "Hi.")
+    assert "an empty line ends a prompt" in data.template_note(tokenizer)
 
 
 def test_template_that_opens_a_block_only_when_it_asks_is_named(tokenizer):
     tokenizer.chat_template = THINKING
     assert "writes '' before a finished answer, and '<think>\\n' when" in data.template_note(
-        tokenizer, "Hi.")
+        tokenizer)
 
 
 def test_prompt_bos_is_the_templates_and_never_doubled(tokenizer):
@@ -488,6 +489,26 @@ def test_siblings_stay_on_one_side_though_cut_differently(tokenizer, write_rows)
     for val in sides(pairs):
         assert len(val) == 4
         assert all((str(n) in val) == (str(n + 1) in val) for n in range(1, 10, 2))
+
+
+def says(*texts):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("sibling", [
+    lambda text: says(text, "Tea.", "And more?"),  # the conversation goes on
+    lambda text: [{"role": "system", "content": "Be kind."}, *says(text)],
+    lambda text: f" {text.upper()}\n"])
+def test_the_same_first_question_stays_on_one_side(tokenizer, write_rows, sibling):
+    tokenizer.chat_template = CHATML
+    prompts = [f"Why tea {i}?" for i in range(10)]
+    pairs, _ = load_pairs(write_rows([ROW | {"prompt": prompt} for prompt in prompts]), tokenizer,
+                          99, True)
+    more, _ = load_pairs(write_rows([ROW | {"prompt": sibling(prompt)} for prompt in prompts]),
+                         tokenizer, 99, True)
+    for seed in range(20):
+        _, val = split_train_val(pairs + more, 0.3, seed)
+        assert len(val) == 6 and len({pair.where for pair in val}) == 3
 
 
 @pytest.mark.parametrize("groups, families_of_lines", [

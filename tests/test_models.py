@@ -78,6 +78,19 @@ def test_buffers_and_modules_beside_the_decoder_are_left_out(saved, key):
     assert key not in loaded.state_dict()
 
 
+def test_a_model_that_sees_is_loaded_without_its_eyes_and_a_line_says_so(saved, capsys):
+    config = transformers.Qwen3_5Config(
+        text_config=GROUPED | dict(vocab_size=97, layer_types=["full_attention"] * 2, head_dim=8),
+        vision_config=dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2,
+                           out_hidden_size=32, num_position_embeddings=16))
+    folder = saved(transformers.Qwen3_5ForConditionalGeneration(config))
+    assert type(load_model(folder)) is transformers.Qwen3_5ForCausalLM
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "only the text model of this qwen3_5 is loaded and saved" in err
+    load_model(saved(tiny_model("llama")))
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("further", [0, 1])
 def test_layers_that_predict_further_tokens_are_left_out_where_the_config_has_them(saved, further):
     torch.manual_seed(0)

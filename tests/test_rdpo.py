@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import ARCHITECTURES, random_pairs, tiny_model
 
 from data import PADDING, collate
+from infra import reference
 from infra.command import BadInput
 from infra.reference import ReferenceCache, fingerprint, keys_of
 from rdpo import (LOSSES, judged_tau, plain_sequence_logps, preference_probability, rdpo_loss,
@@ -231,7 +232,7 @@ def test_cache_takes_no_number_that_is_not_finite(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_cache_key_changes_with_each_of_its_parts():
+def test_cache_key_changes_with_each_of_its_parts(monkeypatch):
     answers = [([1, 2], [3]), ([1, 2], [4]), ([1], [2, 3]), ([0, 2], [3])]
     assert len({keys(*answer)[0] for answer in answers}) == 4
     assert keys([1, 2], [3]) == keys([1, 2], [3])
@@ -252,3 +253,5 @@ def test_cache_key_changes_with_each_of_its_parts():
     renamed = copy.deepcopy(model)
     renamed.config._name_or_path = "elsewhere"
     assert fingerprint(renamed, "float32") == names[0]
+    monkeypatch.setattr(reference, "VERSION", 0)  # the values of a program that was wrong
+    assert fingerprint(model, "float32") not in names

@@ -19,7 +19,7 @@ from infra.generate import generate
 from infra.models import load_model, load_tokenizer
 from infra.rows import RowCounts
 from infra.templates import (control_tokens, cut_left, end_of_turn, lost_role, pin_date,
-                             stop_ids)
+                             stop_ids, template_note)
 
 TEXT = ["Tell me about tea.\n\nTea is a drink, and final."] * 20
 EACH = "{% for m in messages %}"
@@ -133,6 +133,14 @@ def test_a_control_token_that_is_not_marked_as_special_ends_the_turn_once(family
         encode_pair(row, "x:1", tokenizer, 64, False, RowCounts())
 
 
+def test_a_line_break_in_the_vocabulary_ends_no_turn():
+    """Gemma's has runs of them among its added tokens."""
+    tokenizer = build("gemma")
+    tokenizer.add_tokens([AddedToken("\n\n", special=False, normalized=False)])
+    tokenizer.chat_template = EACH + "{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
+    assert end_of_turn(tokenizer) == tokenizer.eos_token
+
+
 def test_a_merge_over_the_border_of_prompt_and_answer_adds_no_space():
     """A SentencePiece tokenizer writes a space before the first word of a text by itself."""
     tokenizer = build("llama-2")
@@ -166,6 +174,8 @@ ENDS = CHATML.replace("<|im_end|>", "{{ '<|im_end|><|other|>' if '</think>' in m
     (R1, "<think>x</think>y", "x</think>y"),  # opened once, by the prompt
     (R1, THINK.format("x", "y"), "x\n</think>\n\ny"),
     (R1, "x</think>y", "x</think>y"),
+    (R1, "y", "\n</think>\n\ny"),  # no thought that never ends
+    (QWEN_3, "<think>x</think>The <think> tag", THINK.format("x", "The <think> tag")),
     (ENDS, "<think>x</think>y", "<think>x</think>y"),
     (ENDS, "y", "y"),
 ])
@@ -176,7 +186,8 @@ def test_thoughts_in_an_answer_are_opened_once_and_end_as_other_answers_do(
     before = prompt_text(tokenizer, "q")
     text = data.answer_text(tokenizer, "q", before, answer)
     assert text == expected + "<|im_end|>"
-    assert (before + text).count("<think>") == (1 if "think" in before + text else 0)
+    assert (before + text).count("<think>") == max(answer.count("<think>"),
+                                                   "think" in before + text)
 
 
 NO_THINK = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}")
@@ -209,6 +220,7 @@ def test_a_system_message_that_only_the_question_carries_is_no_loss():
     pair = encode_pair(row, "x:1", tokenizer, 64, False, RowCounts())
     assert tokenizer.decode(pair.prompt_ids) == "<s>[INST] Be kind.\n\nq[/INST]"
     assert tokenizer.decode(pair.prompt_ids + pair.chosen_ids).endswith("[/INST] Tea.</s>")
+    assert template_note(tokenizer) == ""
     # Two turns: there this template drops it from the prompt itself.
     row["prompt"] = [prompt[0], *turns("q", "a", "p")]
     assert encode_pair(row, "x:1", tokenizer, 64, False, RowCounts())

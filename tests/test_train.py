@@ -15,7 +15,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import (ARCHITECTURES, GROUPED, ROOT, assert_one_line, build, random_pairs,
+from conftest import (ARCHITECTURES, GROUPED, ROOT, SMALL, assert_one_line, build, random_pairs,
                       read_lines, read_metrics, tiny_model)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,7 +31,7 @@ from infra.models import TOY_STUDENT
 from infra.packing import longest_row, micro_batches
 from infra.reference import ReferenceCache, keys_of
 from infra.runlog import compile_note
-from infra.selfcheck import check_equal
+from infra.selfcheck import check_equal, check_step_0
 from infra.split import split_train_val
 
 
@@ -406,6 +406,19 @@ def test_16_bit_noise_passes_and_a_wrong_answer_does_not(count):
             check_equal("they", exact + wrong, exact, [count], dtype, "")
 
 
+def test_at_step_0_a_long_prompt_allows_no_more_noise():
+    (pair,) = random_pairs(1)
+    pair, args = dataclasses.replace(pair, prompt_ids=[1] * 900), args_for(dtype="bfloat16")
+
+    def check(per_token):
+        off = args.beta * per_token * torch.tensor([[len(ids)] for ids in pair.answers]).sqrt()
+        check_step_0([pair], {"rewards/chosen": off[0], "rewards/rejected": off[1]}, args, "it")
+
+    check(0.3)
+    with pytest.raises(BadInput, match="policy and cached reference differ .*; delete it"):
+        check(1)
+
+
 def test_dsc_trains_on_accepted_revisions_only(toy_rows, write_rows, toy_tokenizer, capsys):
     path, eval_path = write_rows(toy_rows[:100]), write_rows(toy_rows[:100], "eval.jsonl")
     args = args_for(loss="dsc", data=[path], eval_data=[eval_path])
@@ -419,10 +432,50 @@ def test_dsc_trains_on_accepted_revisions_only(toy_rows, write_rows, toy_tokeniz
 # -------------------------------------------------------------- layout, memory and compilation
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral_window", "gemma2", "gpt2"])
-def test_layout_is_shared_where_both_ways_agree(name, capsys):
-    assert train.choose_layout(tiny_model(name), random_pairs(12), [], args_for()) is True
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "mistral_window", "gemma2", "gemma3", "gpt2"])
+def test_layout_is_shared_where_both_ways_agree(name, dtype, capsys):
+    model = tiny_model(name).to(getattr(torch, dtype))
+    assert train.choose_layout(model, random_pairs(12), [], args_for(dtype=dtype)) is True
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name, config, why", [
+    ("Lfm2", dict(layer_types=["conv", "full_attention"], **GROUPED), "conv layers"),
+    ("FalconH1", dict(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8,
+                      mamba_chunk_size=16, head_dim=8, **GROUPED), "hybrid layers"),
+    ("Qwen3_5", dict(layer_types=["linear_attention", "full_attention"], head_dim=8,
+                     linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
+                     linear_value_head_dim=8, **GROUPED), "linear_attention layers"),
+    # Its last states are float32 all the same.
+    ("Mamba", dict(hidden_size=32, num_hidden_layers=2, state_size=8), "linear_attention layers"),
+    ("Rwkv", dict(hidden_size=32, num_hidden_layers=2), "its layers have states"),
+    ("Falcon", dict(alibi=True, **SMALL), "its config has alibi"),
+    ("Mpt", dict(d_model=32, n_layers=2, n_heads=4), "its config has alibi")])
+def test_layout_is_one_answer_a_row_though_16_bits_hide_what_neighbours_do(
+        name, config, why, monkeypatch, capsys):
+    monkeypatch.setitem(ARCHITECTURES, name, build(name, **config))
+    model = tiny_model(name)
+    for weight in model.parameters():
+        weight.data = (weight / 4).bfloat16()
+    pairs, args = random_pairs(12), args_for(dtype="bfloat16")
+    assert train.choose_layout(model, pairs, [], args) is False
+    assert f"cannot read several in one ({why})" in capsys.readouterr().out
+
+
+def test_attention_that_padding_changes_in_long_rows_is_refused(monkeypatch):
+    """DeepSeek-V3.2's, beyond index_topk tokens; the rows tried with plain logits are shorter."""
+    monkeypatch.setitem(ARCHITECTURES, "dsa", build(
+        "DeepseekV32", **SMALL, num_key_value_heads=4, moe_intermediate_size=16, n_group=1,
+        topk_group=1, n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=2,
+        q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+        index_topk=16, index_head_dim=16, index_n_heads=2))
+    model, args = tiny_model("dsa"), args_for(tokens_per_batch=30)
+    short = [pair for pair in random_pairs(60) if longest_row(pair) <= 15]
+    long = [dataclasses.replace(short[0], prompt_ids=[7] * 20, chosen_ids=[*range(9, 40)])]
+    assert train.choose_layout(model, short, [], args) is False  # separate rows are right
+    with pytest.raises(BadInput, match="with and without padding differ.*; lower --max_length"):
+        train.choose_layout(model, short + long, [], args)
 
 
 @pytest.mark.parametrize("name, config", [
@@ -476,8 +529,8 @@ def test_layout_is_tried_on_the_longest_pair_that_a_batch_holds(monkeypatch):
     lengths = [longest_row(pair) for pair in pairs]
     fitting = max(length for length in lengths if length <= 30)
     firsts = [longest_row(pair) for pair in tried]
-    assert len(firsts) == 3 * 7 and firsts[::7] == [max(lengths), fitting, min(lengths)]
-    assert firsts[3::7] == 3 * [max(lengths)]  # the longest of all too, whether it fits or not
+    assert len(firsts) == 3 * 9 and firsts[::9] == [max(lengths), fitting, min(lengths)]
+    assert firsts[5::9] == 3 * [max(lengths)]  # the longest of all too, whether it fits or not
 
 
 @pytest.mark.parametrize("columns", [None, 8])
