@@ -169,6 +169,7 @@ def control_tokens(tokenizer):
 # How other models' templates begin. Text that was rendered already would be rendered twice.
 RENDERED = re.compile(r"\s*(<s>|<bos>|<\|begin_of_text\|>)?\s*(\[INST\]|<\|im_start\|>|"
                       r"<\|start_header_id\|>|<start_of_turn>|<\|(system|user|prompter)\|>)")
+CUE = re.compile(r"(### ?(Assistant|Response)|\n(Assistant|Bot)|\bASSISTANT):\s*$")
 ENDED = re.compile(r"(<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<\|end\|>|</s>)\s*$")
 
 
@@ -180,7 +181,8 @@ def refuse_control_tokens(tokenizer, prompt, answers, where):
         if found:
             raise BadInput(f"{where}: {what} holds the control token {', '.join(found)}; give the "
                            "bare text without it, or run with --skip_bad_rows")
-    if tokenizer.chat_template and (any(RENDERED.match(text) for _, text in texts)
-                                    or any(map(ENDED.search, answers))):
+    if tokenizer.chat_template and (
+            any(RENDERED.match(text) or CUE.search(text) for _, text in texts)
+            or any(map(ENDED.search, answers))):
         raise BadInput(f"{where}: a text is in a chat template already; give messages, or run with "
                        "--skip_bad_rows")

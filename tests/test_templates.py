@@ -292,10 +292,14 @@ def test_a_template_that_fails_or_drops_a_message_is_one_line(template, why):
 def test_a_prompt_in_another_models_template_is_refused():
     tokenizer = build("qwen")
     for text, answer in (("q", "a<end_of_turn>\n"), ("q", "a</s>"), ("[INST] q [/INST]", "a"),
-                         ("<s>[INST] q [/INST]", "a"), ("<start_of_turn>user\nq", "a")):
+                         ("<s>[INST] q [/INST]", "a"), ("<start_of_turn>user\nq", "a"),
+                         ("Human: q\nAssistant:", "a"), ("USER: q ASSISTANT:", "a"),
+                         ("### Instruction:\nq\n\n### Response:\n", "a")):
         row = {"prompt": text, "chosen": answer, "rejected": "b"}
         with pytest.raises(BadInput, match="a text is in a chat template already"):
             encode_pair(row, "x:1", tokenizer, 64, False, RowCounts())
+    sound = {"prompt": "How do I write a response:", "chosen": "a", "rejected": "b"}
+    assert encode_pair(sound, "x:1", tokenizer, 64, False, RowCounts())
     tokenizer.chat_template = None  # a base model may well be trained on such text
     control_tokens.cache_clear(), end_of_turn.cache_clear()
     assert encode_pair(row, "x:1", tokenizer, 64, False, RowCounts())
