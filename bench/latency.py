@@ -80,7 +80,9 @@ def measure_memory(folder):
         command = [sys.executable, os.path.join(ROOT, name), *common, *flags]
         child = os.posix_spawn(sys.executable, command, os.environ)
         _, status, usage = os.wait4(child, 0)
-        assert status == 0
+        if status:
+            server.kill()
+            sys.exit(f"{name}: exit status {status}")
         print(f"{name}: {usage.ru_maxrss / 1024:.0f} MB peak, {MANY:,} rows, {LEFT} of them "
               "unfinished\n")
     server.kill()

@@ -38,7 +38,7 @@ def show_row(row):
 def attempts_in(row):
     """[(what was judged, the judge's replies about it)] of a row; [] from a reward model."""
     return [(name, attempts) for name, attempts in row["judge"].items()
-            if isinstance(attempts, list) and isinstance(attempts[0], dict)]
+            if isinstance(attempts, list) and attempts and isinstance(attempts[0], dict)]
 
 
 def report(path, adds, good):

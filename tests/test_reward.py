@@ -11,7 +11,7 @@ from conftest import ROOT, Scripted, assert_one_line, read_lines, says
 
 import reward
 import teacher
-from infra import formats, verdicts
+from infra import formats, judgements, verdicts
 from infra.client import token_logprobs
 from infra.endpoints import ENDPOINTS
 from infra.resumable import RowFailed, Stage, outcomes
@@ -567,6 +567,13 @@ def test_rows_keep_verdict_and_graded_score_at_no_extra_request(
         assert attempt["verdict"] == 4.0
         assert row["score_chosen"] == pytest.approx(4 if refused else 4.25, abs=1e-6)
         assert ("graded" in attempt) == (not refused)
+
+
+def test_the_statistics_take_rows_whose_replies_were_taken_out(write_rows, capsys):
+    judged = {"model": "m", "scale": [0, 5], "rejected": [], "chosen": []}
+    path = write_rows([{"id": "a", "score_rejected": 1.0, "score_chosen": 4.0, "judge": judged}])
+    assert judgements.report(path, ("score_rejected", "score_chosen"), "high") == 2
+    assert "2 of 2 answers have a score" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("logprobs", [
