@@ -119,7 +119,7 @@ def verdict_after(text, judge):
     *_, end_of_scale = OTHER.findall(match["of"] or "") or [judge.highest]
     changed = {float(found["number"]) for found in CHANGED_NUMBER.finditer(rest)} - {number}
     if ("%" in (match["of"] or "") or float(end_of_scale) != judge.highest or changed
-            or is_doubted(number, re.split(r"\n|[.!]\s+(?=[A-Z])", rest)[0], judge)):
+            or is_doubted(number, re.split(r"\n|[.!]\s+(?=[A-Z])", rest, maxsplit=1)[0], judge)):
         return None, 0
     return number, match.start("number")
 
@@ -127,7 +127,7 @@ def verdict_after(text, judge):
 def is_doubted(number, line, judge):
     """Whether the sentence behind a verdict has another number that may be the verdict."""
     scale = rf"(?:{judge.lowest:g}|[01])\s*(?:to|-|\u2013|\.\.+)\s*{judge.highest:g}\b"
-    line = re.sub(rf"([(\[]|\b(?:scale|range|from|of|the|on a)\b)\W*{scale}", r"\1", line)
+    line = re.sub(rf"([(\[]|\b(?:scale|range|from|of|the|on a)\b)\W{{0,3}}{scale}", r"\1", line)
     is_json = re.match(r"[\"']?\s*[,}]", line) and re.search(r"[\"']\s*:", line)
     for match in OTHER.finditer(line):
         other, lead = float(match[0]), line[max(match.start() - 40, 0):match.start()]
