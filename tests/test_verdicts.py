@@ -447,10 +447,13 @@ def test_no_label_takes_more_than_a_millisecond(piece, label):
         assert time.process_time() - start < most, text[:40]
 
 
-def test_texts_that_were_held_back():
-    """150 replies by somebody who did not know the parser. At first it threw away 5, invented 1."""
+@pytest.mark.parametrize("name, most_thrown_away, most_invented", [
+    ("held_back_verdicts", 5, 1),  # 150 ordinary replies; at first 5 and 1
+    ("held_back_verdicts_2", 29, 45)])  # 481 odd ones, strictly labelled; at first 23 and 212
+def test_texts_that_were_held_back(name, most_thrown_away, most_invented):
+    """Replies and what they say, by somebody who did not know the parser."""
     thrown_away, invented = [], []
-    for case in read_lines(f"{ROOT}/tests/held_back_verdicts.jsonl"):
+    for case in read_lines(f"{ROOT}/tests/{name}.jsonl"):
         judge = Judge(**ASKS, verdict=case["label"], lowest=case["lowest"],
                       highest=case["highest"], good="high")
         found = parse_verdict(case["text"], judge, case["finish"])
@@ -458,5 +461,5 @@ def test_texts_that_were_held_back():
             thrown_away.append(case["text"])
         elif found != case["wanted"]:
             invented.append(case["text"])
-    assert len(thrown_away) <= 5  # of 95
-    assert invented == ["The reply converts the weight.\nFinal score: 4 kg"]
+    assert len(thrown_away) <= most_thrown_away, thrown_away
+    assert len(invented) <= most_invented, invented
