@@ -137,6 +137,7 @@ def plain_logps(model, pairs):
     return torch.tensor(sums)
 
 
+@pytest.mark.slow
 def test_both_layouts_equal_plain_logits_on_short_long_and_mixed_rows(model_folder, write_rows):
     tokenizer, model = load_tokenizer(model_folder), load_model(model_folder)
     pairs, _ = load_pairs(write_rows(SHORT + LONG), tokenizer, 1024, True)
@@ -162,6 +163,7 @@ def test_both_layouts_equal_plain_logits_on_short_long_and_mixed_rows(model_fold
             assert ((wide - own).abs().max(1).values > 0.1).tolist() == [is_long] * len(group)
 
 
+@pytest.mark.slow
 def test_three_steps_on_short_and_long_rows(model_folder, run_train, write_rows, tmp_path):
     path, held_out = write_rows(SHORT + LONG), write_rows(SHORT[:2], "held_out.jsonl")
     code, out, err = run_train(
