@@ -122,9 +122,9 @@ class Pair:
     @property
     def names(self):
         """What siblings share, which the split keeps together: prompt, first question or group."""
-        messages = as_messages(self.prompt)
-        asked = [m["content"] for m in messages if m["role"] == "user"] or [json.dumps(messages)]
-        names = tuple(self.prompt_ids), (asked[0].strip().lower(),), self.group
+        asked = next(message["content"] for message in as_messages(self.prompt)
+                     if message["role"] == "user")
+        names = tuple(self.prompt_ids), (asked.strip().lower(),), self.group
         return [name for name in names if name is not None]
 
     @property

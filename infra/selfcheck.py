@@ -1,7 +1,7 @@
 """Checks of the fast path against the slow one, and of the policy against its reference."""
-import dataclasses
 import itertools
 import math
+from types import SimpleNamespace
 
 import torch
 
@@ -80,7 +80,7 @@ def can_share_prefix(policy, pairs, args, fast_logps, plain_logps):
     fitting = [pair for pair in by_length if batch_tokens(pair, False) <= args.tokens_per_batch]
     tried = [(fitting or by_length[:1])[-1], by_length[0]]
     full = [pair for pair, tokens in zip(pairs, itertools.accumulate(
-        batch_tokens(pair, True) for pair in pairs)) if tokens <= args.tokens_per_batch]
+        batch_tokens(pair, True) for pair in pairs)) if tokens <= args.tokens_per_batch] or tried
     dtype = getattr(torch, args.dtype)
 
     def tokens(group):
@@ -95,16 +95,17 @@ def can_share_prefix(policy, pairs, args, fast_logps, plain_logps):
                 "an architecture that changes its logits after the output head is not supported")
     # The longest pair's plain logits might not fit: without padding its rows count as right.
     longest, short = by_length[-1], min(by_length[-1].answers, key=len)
-    alone = dataclasses.replace(longest, chosen_ids=short, rejected_ids=short)
+    alone = SimpleNamespace(prompt_ids=longest.prompt_ids, answers=[short])
+    padded = fast_logps([longest], False)  # (2,)
     check_equal(f"--model {policy.name_or_path}: log-probabilities with and without padding",
-                fast_logps([longest], False)[[longest.answers.index(short)]],
-                fast_logps([alone], False)[:1], [len(short)], dtype, "lower --max_length")
+                padded[[longest.answers.index(short)]], fast_logps([alone], False), [len(short)],
+                dtype, "lower --max_length")
     reason = reads_columns(policy)
     try:
-        for group in [] if reason else (tried, by_length[-1:], full or tried):
+        for group, expected in () if reason else (
+                (tried, separate), ([longest], padded), (full, fast_logps(full, False))):
             check_equal("log-probabilities of shared and separate rows", fast_logps(group, True),
-                        fast_logps(group, False), tokens(group), dtype,
-                        "the model ignores masks or positions")
+                        expected, tokens(group), dtype, "the model ignores masks or positions")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever it is, the layout that is taken instead was right above
