@@ -31,7 +31,7 @@ from infra.judgements import asked_with, report, show_row
 from infra.resumable import RowFailed, Stage, run_rows
 from infra.rows import as_answer, check_pair, check_prompt, question_of
 from infra.task import load_task
-from infra.verdicts import better, read_reply, score_range, verdict_form
+from infra.verdicts import COMPARES, better, read_reply, score_range, verdict_form
 
 # ----------------------------------------------------------------------------- an LLM as the judge
 
@@ -55,8 +55,6 @@ def ask(client, judge, args, template, texts, score_of):
                          seed=None if greedy else sample + args.samples * retry,
                          response_format=form, logprobs=True, top_logprobs=10)
             attempts.append(read_reply(reply, judge, score_of))
-            if reply.left_out:
-                attempts[-1]["left_out"] = reply.left_out
             if attempts[-1]["verdict"] is not None:
                 break
     return attempts
@@ -82,7 +80,7 @@ def compare(client, judge, args, question, answer, other):
     In each order the verdict is 1, 2 or 0 for neither: a win is 1, 0 or 1/2, or graded. The mean
     of both orders cancels position bias: a judge that sees only the position gives 1/2.
     """
-    which = dataclasses.replace(judge, verdict="Better:", lowest=0, highest=2)
+    which = dataclasses.replace(judge, verdict=COMPARES, lowest=0, highest=2)
     texts = [{"question": question, "first": a, "second": b}
              for a, b in ((answer, other), (other, answer))]
     (first, second), attempts = verdicts_of(client, which, args, judge.pairwise, texts,

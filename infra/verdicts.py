@@ -64,6 +64,9 @@ PLACEHOLDER = re.compile(r"\W*(?:N|X|your)\b")  # the request, repeated
 STRUCK_OUT = re.compile(r"~~[^~\n]*+~~|<del>[^<\n]*+</del>|<strike>[^<\n]*+</strike>")
 
 
+COMPARES = "Better:"  # the label of a judge that compares two replies: 1, 2 or 0
+
+
 def parse_verdict(text, judge, finish="stop"):
     """The number in a judge's reply, or None unless it has one clear verdict within the scale.
 
@@ -86,7 +89,8 @@ def find_verdict(text, judge):
     label = r"[^\S\n]*+".join(map(re.escape, judge.verdict.rstrip(": ").split()))
     found, depth, before = {}, 0, 0  # number, or None where it is not clear -> where it begins
     key = rf"""(?<=["'])(?:{CHANGED}\s)?score(?=["'])"""
-    for match in re.finditer(rf"{label}\b" + f"|{key}" * ("score" in label), text, re.I):
+    labels = rf"{label}\b" if judge.verdict == COMPARES else rf"{label}\b|{key}"
+    for match in re.finditer(labels, text, re.I):
         start, end = match.span()
         depth = max(0, depth + text.count("{", before, start) - text.count("}", before, start))
         before = start
@@ -114,7 +118,9 @@ def verdict_after(text, judge):
         return None if has_number and not PLACEHOLDER.match(line) else "none", 0
     number, rest = float(match["number"]), text[match.end():]
     is_on_next_line = "\n" in text[:match.start("number")]
-    if is_on_next_line and not re.match(rf"\W*(?:{judge.highest:g}\b\W*)?(?:\n|$)", rest):
+    words = ("", "(?:points?|stars?)?", "(?:(?:out )?of)?", rf"(?:{judge.highest:g}\b)?",
+             "(?:points?|stars?)?", r"(?:\n|$)")
+    if is_on_next_line and not re.match(r"[^\w\n]*+".join(words), rest, re.I):
         return "none", 0  # the first item of a list, or a sentence
     *_, end_of_scale = OTHER.findall(match["of"] or "") or [judge.highest]
     changed = {float(found["number"]) for found in CHANGED_NUMBER.finditer(rest)} - {number}
@@ -135,8 +141,9 @@ def is_doubted(number, line, judge):
             continue
         is_in_brackets = is_json or lead.count("(") > lead.count(")")
         has_name = is_in_brackets and LABELLED.search(lead) and not IS_VERDICT.search(lead)
-        # 1/2 in a comparison of two replies is no scale.
-        is_end_of_scale = other == judge.highest != 2 and AT_MOST.search(lead)
+        # A comparison has no scale: 1/2 is no verdict.
+        is_end_of_scale = (other == judge.highest and judge.verdict != COMPARES
+                           and AT_MOST.search(lead))
         if not has_name and not is_end_of_scale:
             return True
     return False
@@ -193,7 +200,8 @@ def read_reply(reply, judge, score_of):
     if verdict is not None and score_of(verdict) is None:
         verdict = None  # which is better: 1.5
     attempt = {"verdict": verdict, "finish": reply.finish, "reply": reply.text or reply.problem}
-    attempt |= {name: vars(reply)[name] for name in ("thinking", "served") if vars(reply)[name]}
+    attempt |= {name: vars(reply)[name] for name in ("thinking", "served", "left_out")
+                if vars(reply)[name]}
     graded = graded_score(reply.logprobs, reply.text, judge, score_of)
     return attempt if None in (verdict, graded) else attempt | {"graded": graded}
 

@@ -13,6 +13,7 @@ from infra.verdicts import parse_verdict
 
 ASKS = {"instruction": "Judge.", "template": "Q: {question}\nA: {answer}"}
 FIVE = Judge(**ASKS, verdict="Final score:", lowest=0, highest=5, good="high")
+TWO = Judge(**ASKS, verdict="Final Score:", lowest=0, highest=2, good="high")
 TONE = Judge(**ASKS, verdict="Sentiment:", lowest=-5, highest=5, good="zero")
 WHICH = Judge(**ASKS, verdict="Better:", lowest=0, highest=2, good="high")
 
@@ -124,6 +125,12 @@ FIVES = [
     ("Final score:\n4/5", 4),
     ("## Final score\n4", 4),
     ("Final score:\n4\nThe reply is short.", 4),
+    ("## Final score\n\n4 out of 5", 4),
+    ("## Final score\n4 of 5", 4),
+    ("Final score:\n4 points", 4),
+    ("Final score:\n4 (out of 5)", 4),
+    ("Final score:\n4 stars out of 5 stars", 4),
+    ("Final score:\n4 out of 10", None),
     ("Final score:\n1. It is long.\n2. It is dull.\nFinal score: 4", 4),
     ("Final score:\n1. The reply is long.\n2. It is dull.", None),
     ("Final score:\n5 is the best mark, and this is far from it.", None),
@@ -389,7 +396,9 @@ TONES = [
 ]
 CASES = ([(text, FIVE, wanted) for text, wanted in FIVES]
          + [(text, TONE, wanted) for text, wanted in TONES]
-         + [("Better: 1", WHICH, 1), ("**Better: 2** because", WHICH, 2), ("Better: 0", WHICH, 0),
+         + [("Final score: 1/2", TWO, 1), ("Final score: 1 out of 2", TWO, 1),
+            ("{\"score\": 1}", TWO, 1), ("{\"score\": -3}", TONE, -3),
+            ("Better: 1", WHICH, 1), ("**Better: 2** because", WHICH, 2), ("Better: 0", WHICH, 0),
             ("{\"reason\": \"B is 1 line\", \"better\": 2}", WHICH, 2), ("Better: 3", WHICH, None),
             ("Better: 1 or 2", WHICH, None),
             ("Better: 1 = 2", WHICH, None), ("Better: 1 < 2", WHICH, None),
@@ -447,11 +456,8 @@ def test_no_label_takes_more_than_a_millisecond(piece, label):
         assert time.process_time() - start < most, text[:40]
 
 
-@pytest.mark.parametrize("name, most_thrown_away, most_invented", [
-    ("held_back_verdicts", 5, 1),  # 150 ordinary replies; at first 5 and 1
-    ("held_back_verdicts_2", 29, 45)])  # 481 odd ones, strictly labelled; at first 23 and 212
-def test_texts_that_were_held_back(name, most_thrown_away, most_invented):
-    """Replies and what they say, by somebody who did not know the parser."""
+def held_back(name):
+    """(replies whose verdict is thrown away, replies with an invented one) of a file."""
     thrown_away, invented = [], []
     for case in read_lines(f"{ROOT}/tests/{name}.jsonl"):
         judge = Judge(**ASKS, verdict=case["label"], lowest=case["lowest"],
@@ -461,5 +467,17 @@ def test_texts_that_were_held_back(name, most_thrown_away, most_invented):
             thrown_away.append(case["text"])
         elif found != case["wanted"]:
             invented.append(case["text"])
-    assert len(thrown_away) <= most_thrown_away, thrown_away
-    assert len(invented) <= most_invented, invented
+    return thrown_away, invented
+
+
+def test_texts_that_were_held_back():
+    """150 replies by somebody who did not know the parser. At first it threw away 5, invented 1."""
+    thrown_away, invented = held_back("held_back_verdicts")
+    assert len(thrown_away) <= 5  # of 95
+    assert invented == ["The reply converts the weight.\nFinal score: 4 kg"]
+
+
+def test_odd_texts_that_were_held_back():
+    """481 more, strictly labelled. At first it threw away 23, invented 212."""
+    thrown_away, invented = held_back("held_back_verdicts_2")
+    assert len(thrown_away) <= 29 and len(invented) <= 45
